@@ -1,0 +1,240 @@
+"""Configuration files: strict schemas, one clear line for whatever is wrong, overrides by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from semipd.core import InputError, Slo
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Base of every schema: an unknown key is an error, never dropped in silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TraceConfig(Strict):
+    """Which requests: a file or a shipped trace's name, how much of it, and how fast it arrives."""
+
+    path: str = "azure-conv-synth.csv"
+    format: Literal["azure-csv", "mooncake-jsonl"] | None = None
+    limit: Positive | None = None
+    rate_scale: PositiveFloat = 1.0
+
+
+class SchedulerOptions(Strict):
+    """Batching and KV cache, under vLLM's names."""
+
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive = 8192
+    block_size: Positive = 16
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    decode_steps: Positive | None = None
+
+
+class SloConfig(Strict):
+    """Latency targets, seconds."""
+
+    ttft_s: PositiveFloat
+    tpot_s: PositiveFloat
+
+
+class ReplayConfig(Strict):
+    """One replay: trace, profile, policy, SLO, scheduler. ``slo`` is a preset's name or its two targets."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    trace: TraceConfig = TraceConfig()
+    profile: str = "h200/gqa-64-8-128"
+    policy: str = "adaptive"
+    slo: str | SloConfig = "mlperf-8b-interactive"
+    scheduler: SchedulerOptions = SchedulerOptions()
+
+
+class CompareConfig(Strict):
+    """One comparison: the same replay under several policies. ``policies`` empty means all of them."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    trace: TraceConfig = TraceConfig()
+    profile: str = "h200/gqa-64-8-128"
+    policies: tuple[str, ...] = ()
+    slo: str | SloConfig = "mlperf-8b-interactive"
+    scheduler: SchedulerOptions = SchedulerOptions()
+
+    def replay(self, policy: str) -> ReplayConfig:
+        """The replay of one of its policies."""
+        return ReplayConfig(policy=policy, **{k: v for k, v in self if k != "policies"})
+
+
+class Attention(Strict):
+    """Grouped-query attention to measure."""
+
+    query_heads: Positive = 64
+    kv_heads: Positive = 8
+    head_dim: Positive = 128
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+
+
+class PrefillGrid(Strict):
+    """Prefill batches: equal prompts (``seqs`` x ``seq_tokens`` after ``seq_context``), or a rectangular grid."""
+
+    seqs: Positive | None = None
+    seq_tokens: Positive | None = None
+    seq_context: Annotated[int, Field(ge=0)] = 0
+    tokens: tuple[Positive, ...] = ()
+    mean_context: tuple[Positive, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> PrefillGrid:
+        prompts, grid = self.seqs and self.seq_tokens, self.tokens and self.mean_context
+        if bool(prompts) == bool(grid):
+            raise ValueError("give either seqs and seq_tokens, or the lists tokens and mean_context")
+        return self
+
+
+class DecodeGrid(Strict):
+    """Decode batches: ``batch`` sequences of ``context`` tokens, or a grid over batches and total KV tokens."""
+
+    batch: Positive | None = None
+    context: Positive | None = None
+    batches: tuple[Positive, ...] = ()
+    kv_tokens: tuple[Positive, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DecodeGrid:
+        if bool(self.batch and self.context) == bool(self.batches and self.kv_tokens):
+            raise ValueError("give either batch and context, or the lists batches and kv_tokens")
+        return self
+
+
+class SweepConfig(Strict):
+    """A sweep: attention, partitions, shapes, repetitions. A prefill sweep needs ``prefill``, and so on.
+
+    ``work``: prefill and decode steps of hybrid's fixed-work total; none measured when absent.
+    ``modes``: ways of sharing whose steady-state contention hybrid measures.
+    """
+
+    attention: Attention = Attention()
+    step_sms: Literal[2, 4, 6, 8, 16, 32] = 8
+    runs: Positive = 10
+    decode_runs: Positive = 100
+    backends: tuple[Literal["fa2", "fa3", "fa3-sized"], ...] = ("fa2", "fa3", "fa3-sized")
+    prefill: PrefillGrid | None = None
+    decode: DecodeGrid | None = None
+    modes: tuple[Literal["split", "capped", "priority", "streams"], ...] = ("split", "capped", "priority", "streams")
+    contention: bool = True
+    total: bool = True
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def load(path: Path, schema: type[Schema], overrides: tuple[str, ...] = ()) -> Schema:
+    """Read a YAML file into a schema, after applying ``a.b=c`` overrides.
+
+    Raises InputError naming the file and field, what was found and what was expected.
+    """
+    return build(read_yaml(path), schema, str(path), overrides)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises InputError when there is none."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; expected a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a YAML file") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        row = f"row {where.line + 1}: " if where is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: {row}not YAML: {problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: found {type(data).__name__}; expected a mapping of names to values")
+    return data
+
+
+def build(data: dict[str, Any], schema: type[Schema], source: str, overrides: tuple[str, ...] = ()) -> Schema:
+    """Validate a mapping. Raises InputError as ``load`` does, ``source`` being the file's name."""
+    for override in overrides:
+        _set(data, override)
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        found = "" if first["type"] in ("missing", "extra_forbidden") else f"found {first['input']!r}; "
+        message = {
+            "missing": "missing; expected a value",
+            "extra_forbidden": "unknown; expected one of " + ", ".join(_names(schema, first["loc"])),
+        }.get(first["type"], first["msg"][:1].lower() + first["msg"][1:].replace("Input should be", "expected"))
+        message = message.replace("input should be", "expected")
+        raise InputError(f"{source}: {field}: {found}{message}") from None
+
+
+def _names(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names a mapping may have at the place of an error."""
+    model: type[BaseModel] = schema
+    for part in loc[:-1]:
+        field = model.model_fields.get(str(part))
+        options = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
+        inner = [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            break
+        model = inner[0]
+    return sorted(model.model_fields)
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    """Apply one ``a.b=c``; the value is read as YAML."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set {override}: expected NAME=VALUE, such as trace.rate_scale=2")
+    *parents, last = name.split(".")
+    place = data
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override}: {parent} is {inner!r}; expected a mapping")
+        place = inner
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not YAML") from None
+
+
+SLOS: dict[str, Slo] = {
+    # MLPerf Inference v5.1, Llama-3.1-8B: p99 TTFT and TPOT of the Server and Interactive scenarios.
+    "mlperf-8b": Slo(2.0, 0.1, "mlperf-8b"),
+    "mlperf-8b-interactive": Slo(0.5, 0.03, "mlperf-8b-interactive"),
+    # MLPerf Inference v4.1/v5.0, Llama-2-70B.
+    "mlperf-70b": Slo(2.0, 0.2, "mlperf-70b"),
+    "mlperf-70b-interactive": Slo(0.45, 0.04, "mlperf-70b-interactive"),
+    # semi-PD (arXiv 2504.19867) table 2, Llama-3-8B.
+    "semipd-8b-sharegpt-tight": Slo(0.3, 0.15, "semipd-8b-sharegpt-tight"),
+    "semipd-8b-sharegpt-loose": Slo(0.4, 0.2, "semipd-8b-sharegpt-loose"),
+    "semipd-8b-longbench-tight": Slo(2.25, 0.13, "semipd-8b-longbench-tight"),
+    "semipd-8b-longbench-loose": Slo(3.0, 0.18, "semipd-8b-longbench-loose"),
+    # Mooncake (FAST'25) section 5: TTFT 30 s, TBT 100, 200 or 300 ms.
+    "mooncake-100": Slo(30.0, 0.1, "mooncake-100"),
+    "mooncake-200": Slo(30.0, 0.2, "mooncake-200"),
+    "mooncake-300": Slo(30.0, 0.3, "mooncake-300"),
+}
+
+
+def slo_of(found: str | SloConfig) -> Slo:
+    """A preset by name, or given targets. Raises InputError listing the presets."""
+    if isinstance(found, SloConfig):
+        return Slo(found.ttft_s, found.tpot_s)
+    if found not in SLOS:
+        raise InputError(f"slo: found {found!r}; expected ttft_s and tpot_s, or one of {', '.join(sorted(SLOS))}")
+    return SLOS[found]

@@ -1,0 +1,200 @@
+"""The nouns every other module speaks in.
+
+Units are in the names: seconds (``_s``), tokens and SMs everywhere. A *run* is a stretch of work of one phase
+on one partition; it is made of *steps* (for prefill one layer, for decode one token of every sequence in the
+batch) and can be interrupted at a step boundary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+
+class InputError(Exception):
+    """Input that cannot be used: one line naming file, row and field, what was found and what was expected.
+
+    The command line prints it as ``error: ...`` and exits with code 2.
+    """
+
+
+class Phase(str, Enum):
+    """The two phases of serving a request."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Mode(str, Enum):
+    """How the two phases share the GPU (DESIGN: modes a policy can choose)."""
+
+    SPLIT = "split"
+    CAPPED = "capped"
+    PRIORITY = "priority"
+    MIXED = "mixed"
+    EXCLUSIVE = "exclusive"
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What a policy chooses: a mode, and the SMs each phase may use while both have work.
+
+    In ``EXCLUSIVE`` one phase at a time has the whole device and both counts equal it.
+    """
+
+    mode: Mode
+    prefill_sms: int
+    decode_sms: int
+
+    @property
+    def name(self) -> str:
+        """Key of ``time_in_split``: ``64/68``, ``capped-64``, ``priority``, ``mixed`` or ``full``."""
+        if self.mode is Mode.SPLIT:
+            return f"{self.prefill_sms}/{self.decode_sms}"
+        if self.mode is Mode.CAPPED:
+            return f"capped-{self.prefill_sms}"
+        return "full" if self.mode is Mode.EXCLUSIVE else self.mode.value
+
+    def sms(self, phase: Phase) -> int:
+        """SMs of one phase's partition."""
+        return self.prefill_sms if phase is Phase.PREFILL else self.decode_sms
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a trace.
+
+    ``output_len`` (tokens) is the oracle: executors stop a sequence there, no scheduler or policy reads it.
+    ``prefix_block_ids`` name the prompt's blocks of ``prefix_block_size`` tokens (Mooncake ``hash_ids``).
+    """
+
+    id: int
+    arrival_s: float
+    prompt_len: int
+    output_len: int
+    prefix_block_ids: tuple[int, ...] = ()
+    prefix_block_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillShape:
+    """A prefill batch as the cost model sees it.
+
+    ``tokens``: new tokens of the batch. ``pairs``: query-key pairs they attend to, sum of q * (c + q / 2) over
+    the batch's prompts with q new tokens after c cached ones.
+    """
+
+    tokens: int
+    pairs: float
+
+    @property
+    def mean_context(self) -> float:
+        """Keys a query attends to on average, ``pairs / tokens``."""
+        return self.pairs / self.tokens
+
+    @staticmethod
+    def of(new_tokens: tuple[int, ...], context_lens: tuple[int, ...]) -> PrefillShape:
+        """Shape of a ragged batch: new tokens and cached tokens of each prompt."""
+        pairs = sum(q * (c + q / 2) for q, c in zip(new_tokens, context_lens, strict=True))
+        return PrefillShape(sum(new_tokens), pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """A decode batch: ``batch`` sequences that read ``kv_tokens`` cached tokens in all."""
+
+    batch: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """Work to launch: a phase, its requests and the partition it runs on.
+
+    Prefill: ``new_tokens[i]`` prompt tokens of ``requests[i]`` after ``context_lens[i]`` cached ones, for the
+    ``max_steps`` layers that are left. Decode: at most ``max_steps`` steps of one unchanged batch, sequence i
+    having ``context_lens[i]`` cached tokens (``new_tokens[i]`` is 1); it ends early when a sequence is finished.
+    ``allocation`` says which partition ``sms`` belongs to, and so what it may run beside. ``emits[i]``: whether
+    the end of a prefill run's last layer gives ``requests[i]`` a token, its prompt being complete then; in decode
+    every step gives every sequence one, and it is empty.
+    """
+
+    id: int
+    phase: Phase
+    requests: tuple[Request, ...]
+    new_tokens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    sms: int
+    max_steps: int
+    allocation: Allocation
+    emits: tuple[bool, ...] = ()
+
+    @property
+    def prefill_shape(self) -> PrefillShape:
+        """Shape of this run as prefill."""
+        return PrefillShape.of(self.new_tokens, self.context_lens)
+
+    @property
+    def decode_shape(self) -> DecodeShape:
+        """Shape of this run's first step as decode."""
+        return DecodeShape(len(self.requests), sum(self.context_lens))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRecord:
+    """What a run did: it started at ``start_s`` and completed a step at each of ``ends_s``.
+
+    ``finished``: ids of the requests whose last token this run produced.
+    ``extrapolated``: how many of its cost look-ups fell outside the measured grid, of ``lookups``.
+    """
+
+    run: Run
+    start_s: float
+    ends_s: FloatArray
+    finished: tuple[int, ...] = ()
+    lookups: int = 0
+    extrapolated: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return len(self.ends_s)
+
+    @property
+    def end_s(self) -> float:
+        """End of the last step; the start when the run was stopped before its first boundary."""
+        return float(self.ends_s[-1]) if len(self.ends_s) else self.start_s
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """All that a policy may know when it decides. Output lengths are not in it (law 7).
+
+    ``prefill``: the batch in flight or next in line, None without prefill work; ``decode`` likewise.
+    ``current``: the allocation in force, None before the first decision.
+    """
+
+    now_s: float
+    waiting_requests: int
+    waiting_tokens: int
+    oldest_wait_s: float
+    prefill: PrefillShape | None
+    decode: DecodeShape | None
+    kv_free_share: float
+    current: Allocation | None
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Latency targets of a request in seconds; it is good when it meets both."""
+
+    ttft_s: float
+    tpot_s: float
+    name: str = field(default="custom", compare=False)

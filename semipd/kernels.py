@@ -1,0 +1,203 @@
+"""Attention kernels of one layer, planned for the partition they run on (torch and flashinfer).
+
+flashinfer's fa3 prefill is persistent: it launches one CTA per SM of the *device* and hands each a fixed list
+of tiles, so on a partition of n SMs it takes ceil(device / n) waves. Its list is plain data in the wrapper's
+integer workspace, so ``size_to`` writes one for n CTAs instead and leaves the others empty: no kernel is
+changed, and the time is smooth in n (docs/adr/0002-fa3-sized-to-the-partition.md).
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from semipd.core import IntArray
+from semipd.sweep import DecodeWork, PrefillWork
+
+WORKSPACE_BYTES = 128 << 20
+FA3_TILE_ROWS = 128  # query rows of one fa3 tile at head dimension 128
+
+
+@dataclass(frozen=True)
+class Gqa:
+    """Grouped-query attention: query heads, KV heads, head dimension, and the element type's name in torch."""
+
+    query_heads: int = 64
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> Any:
+        """The torch dtype."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token adds in one layer."""
+        return 2 * self.kv_heads * self.head_dim * int(self.torch_dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class TileList:
+    """Tiles of a persistent kernel by CTA: tiles ``indptr[i]:indptr[i + 1]`` are CTA i's, all shape [tiles]."""
+
+    tile: IntArray
+    sequence: IntArray
+    head: IntArray
+    indptr: IntArray
+
+
+def balance(seq_tokens: list[int], kv_lens: list[int], heads: int, ctas: int) -> TileList:
+    """Deal the tiles of a causal prefill to ``ctas`` CTAs, each to the least loaded so far.
+
+    A tile is ``FA3_TILE_ROWS`` query rows of one head of one sequence; it costs the keys its last row sees plus
+    its own rows. Heads outermost and long tiles first, as flashinfer's planner deals them, keeps the CTAs that
+    run at one time on the same keys, and so in L2.
+    """
+    costs: list[tuple[int, int, int]] = []  # (cost, sequence, tile) of one head, in dealing order
+    order = sorted(range(len(seq_tokens)), key=lambda i: -kv_lens[i])
+    for i in order:
+        for tile in range((seq_tokens[i] + FA3_TILE_ROWS - 1) // FA3_TILE_ROWS - 1, -1, -1):
+            last_row = min((tile + 1) * FA3_TILE_ROWS, seq_tokens[i])
+            costs.append((kv_lens[i] - seq_tokens[i] + last_row + FA3_TILE_ROWS, i, tile))
+    heap = [(0, cta) for cta in range(ctas)]
+    dealt: list[list[tuple[int, int, int]]] = [[] for _ in range(ctas)]
+    for head in range(heads):
+        for cost, sequence, tile in costs:
+            load, cta = heap[0]
+            heapq.heapreplace(heap, (load + cost, cta))
+            dealt[cta].append((tile, sequence, head))
+    flat = np.array([entry for entries in dealt for entry in entries], dtype=np.int64).reshape(-1, 3)
+    indptr = np.cumsum([0, *(len(entries) for entries in dealt)])
+    return TileList(flat[:, 0], flat[:, 1], flat[:, 2], indptr)
+
+
+class PrefillKernel:
+    """Causal GQA attention of one prefill batch over ragged keys and values, random data.
+
+    ``copies`` layers' worth of q, k and v are rotated through, so that small shapes do not live in L2.
+    Backend ``fa2``, ``fa3`` (planned by flashinfer for the whole device) or ``fa3-sized`` (planned for
+    ``ctas`` CTAs).
+    """
+
+    def __init__(self, gqa: Gqa, work: PrefillWork, backend: str, copies: int = 1, seed: int = 0) -> None:
+        import flashinfer
+
+        self.gqa, self.work, self.backend, self.copies = gqa, work, backend, copies
+        self.ctas: int | None = None
+        generator = torch.Generator("cuda").manual_seed(seed)
+        kv_len = work.seq_context + work.seq_tokens
+
+        def random(tokens: int, heads: int) -> Any:
+            shape = (copies, tokens, heads, gqa.head_dim)
+            return torch.randn(shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+
+        self.q = random(work.tokens, gqa.query_heads)
+        self.k = random(work.seqs * kv_len, gqa.kv_heads)
+        self.v = random(work.seqs * kv_len, gqa.kv_heads)
+        self.out = torch.empty_like(self.q[0])
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        self._wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+            self._workspace, "NHD", backend="fa2" if backend == "fa2" else "fa3"
+        )
+        steps = torch.arange(work.seqs + 1, dtype=torch.int32)
+        self._wrapper.plan(
+            steps * work.seq_tokens,
+            steps * kv_len,
+            gqa.query_heads,
+            gqa.kv_heads,
+            gqa.head_dim,
+            causal=True,
+            q_data_type=gqa.torch_dtype,
+        )
+
+    def size_to(self, ctas: int) -> None:
+        """Plan for a partition of ``ctas`` SMs; only ``fa3-sized`` needs it, the others ignore it.
+
+        Raises RuntimeError when flashinfer's plan is laid out otherwise than this module knows.
+        """
+        if self.backend != "fa3-sized" or ctas == self.ctas:
+            return
+        self.ctas = ctas
+        work, info = self.work, [int(x) for x in self._wrapper._plan_info]
+        device_ctas = torch.cuda.get_device_properties("cuda").multi_processor_count
+        if len(info) != 9 or info[8] or ctas > device_ctas:
+            raise RuntimeError(f"flashinfer's fa3 plan is {info}; expected nine offsets and one schedule per head")
+        kv_len = work.seq_context + work.seq_tokens
+        tiles = balance([work.seq_tokens] * work.seqs, [kv_len] * work.seqs, self.gqa.query_heads, ctas)
+        indptr = np.concatenate([tiles.indptr, np.full(device_ctas - ctas, tiles.indptr[-1])])
+        count = len(tiles.tile)
+        columns = (
+            tiles.tile,
+            tiles.sequence * work.seq_tokens,
+            tiles.sequence * kv_len,
+            np.full(count, work.seq_tokens),
+            np.full(count, kv_len),
+            tiles.head,
+            indptr,
+            tiles.sequence,
+        )
+        torch.cuda.synchronize()
+        for offset, column in zip(info[:8], columns, strict=True):
+            data = torch.from_numpy(column.astype(np.int32)).view(torch.uint8)
+            self._wrapper._int_workspace_buffer[offset : offset + len(data)].copy_(data)
+        torch.cuda.synchronize()
+
+    def launch(self, step: int) -> None:
+        """Enqueue one layer on the current stream."""
+        copy = step % self.copies
+        self._wrapper.run(self.q[copy], self.k[copy], self.v[copy], out=self.out)
+
+
+class DecodeKernel:
+    """GQA attention of one decode step over a paged KV cache, tensor cores, random data, pages in random order."""
+
+    def __init__(
+        self,
+        gqa: Gqa,
+        work: DecodeWork,
+        copies: int = 1,
+        page_size: int = 16,
+        seed: int = 0,
+        split_tokens: int = 0,
+    ) -> None:
+        import flashinfer
+
+        self.gqa, self.work, self.copies = gqa, work, copies
+        generator = torch.Generator("cuda").manual_seed(seed)
+        lengths = work.lengths()
+        pages = [(n + page_size - 1) // page_size for n in lengths]
+        indptr = torch.tensor([0, *np.cumsum(pages)], dtype=torch.int32)
+        count = int(indptr[-1])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+        shape = (copies, count, 2, page_size, gqa.kv_heads, gqa.head_dim)
+        self.cache = torch.randn(shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+        q_shape = (copies, work.batch, gqa.query_heads, gqa.head_dim)
+        self.q = torch.randn(q_shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+        self.out = torch.empty_like(self.q[0])
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=True)
+        self._wrapper.plan(
+            indptr,
+            order.to("cuda"),
+            torch.tensor([(n - 1) % page_size + 1 for n in lengths], dtype=torch.int32),
+            gqa.query_heads,
+            gqa.kv_heads,
+            gqa.head_dim,
+            page_size,
+            q_data_type=gqa.torch_dtype,
+            fixed_split_size=split_tokens // page_size or None,
+        )
+
+    def size_to(self, ctas: int) -> None:
+        """Decode is planned once: its grid is not persistent, so it fits any partition."""
+
+    def launch(self, step: int) -> None:
+        """Enqueue one layer on the current stream."""
+        copy = step % self.copies
+        self._wrapper.run(self.q[copy], self.cache[copy], out=self.out)

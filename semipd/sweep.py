@@ -1,0 +1,413 @@
+"""Sweep tables: what was measured, where on the grid, with which spread, and by what.
+
+A table is a CSV file of measured points beside a JSON file of the same name with its provenance. This module
+needs no GPU: it places the points, judges which steps of a concurrent run count, and reads and writes tables.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, 10th and 90th percentile of one step's time in milliseconds, over ``steps`` measured steps."""
+
+    steps: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @staticmethod
+    def of(times_ms: FloatArray) -> Spread:
+        """Spread of measured step times. Raises ValueError when there is none."""
+        if len(times_ms) == 0:
+            raise ValueError("no measured step")
+        p10, median, p90 = (round(float(x), 6) for x in np.percentile(times_ms, [10, 50, 90]))
+        return Spread(len(times_ms), median, p10, p90)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWork:
+    """A prefill batch to measure: ``seqs`` prompts of ``seq_tokens`` new tokens after ``seq_context`` cached ones.
+
+    ``tokens`` and ``mean_context`` are its place on the grid: the cost of a ragged batch is looked up by its
+    new tokens and by the keys that a query attends to on average.
+    """
+
+    tokens: int
+    mean_context: int
+    seqs: int
+    seq_tokens: int
+    seq_context: int
+
+    @staticmethod
+    def at(tokens: int, mean_context: int) -> PrefillWork:
+        """The batch that sits at a grid point: one prompt after cached context, or several short prompts.
+
+        A prompt of q new tokens after c cached ones has a mean context of c + q / 2; several prompts of 2 m
+        tokens have m. Raises InputError when short prompts of that mean context do not fill ``tokens``.
+        """
+        if mean_context >= tokens / 2:
+            return PrefillWork(tokens, mean_context, 1, tokens, mean_context - tokens // 2)
+        seqs, rest = divmod(tokens, 2 * mean_context)
+        if rest:
+            raise InputError(
+                f"prefill grid: tokens {tokens} is not a multiple of twice the mean context {mean_context}; "
+                "expected one, so that equal prompts fill the batch"
+            )
+        return PrefillWork(tokens, mean_context, seqs, 2 * mean_context, 0)
+
+    @staticmethod
+    def prompts(seqs: int, seq_tokens: int, seq_context: int = 0) -> PrefillWork:
+        """A batch given by its prompts."""
+        return PrefillWork(seqs * seq_tokens, seq_context + seq_tokens // 2, seqs, seq_tokens, seq_context)
+
+    @property
+    def shape(self) -> PrefillShape:
+        """This batch as the cost model sees it."""
+        return PrefillShape(self.tokens, float(self.tokens * self.mean_context))
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWork:
+    """A decode step to measure: ``batch`` sequences that share ``kv_tokens`` cached tokens evenly."""
+
+    batch: int
+    kv_tokens: int
+
+    @property
+    def shape(self) -> DecodeShape:
+        """This batch as the cost model sees it."""
+        return DecodeShape(self.batch, self.kv_tokens)
+
+    def lengths(self) -> list[int]:
+        """Cached tokens of each sequence; at least one each, their sum is ``kv_tokens`` where that allows."""
+        low, more = divmod(max(self.kv_tokens, self.batch), self.batch)
+        return [low + 1] * more + [low] * (self.batch - more)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How a measurement shares the device, and the SMs each phase may use.
+
+    ``mode``: ``split`` (disjoint SMs), ``capped`` (prefill on a partition, decode on the whole device at high
+    priority), ``priority`` (two plain streams, decode first), ``streams`` (two plain streams, equal) or
+    ``in-turn`` (one phase after the other on the whole device).
+    """
+
+    mode: str
+    prefill_sms: int
+    decode_sms: int
+
+    @property
+    def name(self) -> str:
+        """As in ``time_in_split``: ``64/68``, ``capped-64``, or the mode."""
+        if self.mode == "split":
+            return f"{self.prefill_sms}/{self.decode_sms}"
+        return f"capped-{self.prefill_sms}" if self.mode == "capped" else self.mode
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPoint:
+    """One row of a prefill table: a batch alone on a partition, milliseconds of one layer."""
+
+    sms: int
+    tokens: int
+    mean_context: int
+    seqs: int
+    seq_tokens: int
+    seq_context: int
+    backend: str
+    steps: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a point the same point on resuming."""
+        return (self.sms, self.seqs, self.seq_tokens, self.seq_context, self.backend)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePoint:
+    """One row of a decode table: a batch alone on a partition, milliseconds of one layer of one step."""
+
+    sms: int
+    batch: int
+    kv_tokens: int
+    backend: str
+    steps: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a point the same point on resuming."""
+        return (self.sms, self.batch, self.kv_tokens, self.backend)
+
+
+@dataclass(frozen=True, slots=True)
+class HybridPoint:
+    """One row of a hybrid table: steady-state contention, each phase's layer time while the other runs.
+
+    ``mode`` is ``split``, ``capped``, ``priority`` or ``streams`` (two plain streams of equal priority).
+    """
+
+    mode: str
+    prefill_sms: int
+    decode_sms: int
+    tokens: int
+    mean_context: int
+    seqs: int
+    seq_tokens: int
+    seq_context: int
+    batch: int
+    kv_tokens: int
+    prefill_backend: str
+    decode_backend: str
+    prefill_steps: int
+    prefill_median_ms: float
+    prefill_p10_ms: float
+    prefill_p90_ms: float
+    decode_steps: int
+    decode_median_ms: float
+    decode_p10_ms: float
+    decode_p90_ms: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a point the same point on resuming."""
+        return (
+            self.mode, self.prefill_sms, self.decode_sms, self.seqs, self.seq_tokens, self.seq_context,
+            self.batch, self.kv_tokens, self.prefill_backend, self.decode_backend,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TotalPoint:
+    """One row of a fixed-work table: so many prefill and decode steps, started together or in turn.
+
+    ``mode`` is one of HybridPoint's or ``in-turn``; ``prefill_ms`` and ``decode_ms`` are when each phase had
+    finished, ``total_ms`` when both had (median over ``runs``, with p10 and p90 of the total).
+    """
+
+    mode: str
+    prefill_sms: int
+    decode_sms: int
+    prefill_backend: str
+    decode_backend: str
+    prefill_steps: int
+    decode_steps: int
+    runs: int
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
+    total_p10_ms: float
+    total_p90_ms: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a point the same point on resuming."""
+        return (
+            self.mode, self.prefill_sms, self.decode_sms, self.prefill_backend, self.decode_backend,
+            self.prefill_steps, self.decode_steps,
+        )  # fmt: skip
+
+
+Point = TypeVar("Point", PrefillPoint, DecodePoint, HybridPoint, TotalPoint)
+
+
+@dataclass(frozen=True)
+class SweepTable(Generic[Point]):
+    """Measured points with the provenance of the measurement (GPU, driver, clocks, versions, commit, command)."""
+
+    points: tuple[Point, ...]
+    provenance: dict[str, object]
+
+
+def saturated_steps(own_ends: FloatArray, other_start: float, other_end: float) -> FloatArray:
+    """Times of the steps during which the other phase ran from beginning to end.
+
+    Args:
+        own_ends: Stamps of one stream, shape [n + 1]: the first step's start, then each step's end.
+        other_start: When the other stream's first step started, same clock.
+        other_end: When its last step ended.
+
+    Returns:
+        Durations of the steps that lie wholly inside the other stream's activity.
+    """
+    starts, ends = own_ends[:-1], own_ends[1:]
+    inside = (starts >= other_start) & (ends <= other_end)
+    return np.asarray((ends - starts)[inside], dtype=np.float64)
+
+
+def read_table(path: Path, cls: type[Point]) -> SweepTable[Point]:
+    """Read a table and its provenance.
+
+    Raises InputError naming the file, row and field of whatever is missing, malformed or not finite and
+    positive where it must be.
+    """
+    points = tuple(read_points(path, cls))
+    if not points:
+        raise InputError(f"{path}: no measured points; expected at least one row after the header")
+    return SweepTable(points, read_provenance(path))
+
+
+def provenance_path(path: Path) -> Path:
+    """The JSON file beside a table that says how it was measured."""
+    return path.with_suffix(".json")
+
+
+def read_provenance(path: Path) -> dict[str, object]:
+    """Provenance of the table at ``path``. Raises InputError when it is missing or no JSON object."""
+    beside = provenance_path(path)
+    try:
+        found = json.loads(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{beside}: not found; expected the provenance of {path.name} beside it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{beside}: not JSON ({error}); expected the provenance of {path.name}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{beside}: found {type(found).__name__}; expected a JSON object")
+    return found
+
+
+def read_points(path: Path, cls: type[Point]) -> list[Point]:
+    """Rows of a table. Raises InputError as ``read_table`` does; a file with a header only is an empty list."""
+    kinds = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file)
+            header = next(reader, None)
+            if header != names:
+                raise InputError(
+                    f"{path}: row 1: found columns {','.join(header or []) or 'none'}; expected {','.join(names)}"
+                )
+            points = [_point(path, reader.line_num, row, names, kinds, cls) for row in reader]
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; expected a sweep table") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}); expected a sweep table") from None
+    seen: dict[tuple[object, ...], int] = {}
+    for row, point in enumerate(points, 2):
+        if point.key in seen:
+            raise InputError(f"{path}: row {row}: the point of row {seen[point.key]} again; expected each point once")
+        seen[point.key] = row
+    return points
+
+
+def _point(path: Path, line: int, row: list[str], names: list[str], kinds: dict[str, type], cls: type[Point]) -> Point:
+    if len(row) != len(names):
+        raise InputError(f"{path}: row {line}: found {len(row)} fields; expected {len(names)}")
+    values: dict[str, typing.Any] = {}
+    for name, text in zip(names, row, strict=True):
+        where = f"{path}: row {line}: {name}: found {text!r}"
+        if kinds[name] is str:
+            if not text:
+                raise InputError(f"{where}; expected a name")
+            values[name] = text
+            continue
+        try:
+            number = kinds[name](text)
+        except ValueError:
+            raise InputError(f"{where}; expected {'an integer' if kinds[name] is int else 'a number'}") from None
+        low = 0 if name in ("seq_context", "mean_context") else None
+        if not math.isfinite(number) or number < 0 or (low is None and number == 0):
+            raise InputError(f"{where}; expected {'zero or more' if low == 0 else 'more than zero'}")
+        values[name] = number
+    return cls(**values)
+
+
+class TableWriter(Generic[Point]):
+    """Appends points to a table as they are measured, so that an interrupt loses nothing.
+
+    With ``resume`` the points already in the file are kept and known by their keys; without it an existing
+    file is refused with InputError. Every row is on disk when ``add`` returns.
+    """
+
+    def __init__(self, path: Path, cls: type[Point], provenance: dict[str, object], *, resume: bool = False) -> None:
+        self._names = [field.name for field in dataclasses.fields(cls)]
+        self.path = path
+        self.points: list[Point] = []
+        if path.exists():
+            if not resume:
+                raise InputError(f"{path}: exists; expected a new file, or --resume to go on with it")
+            self._drop_torn_row()
+            self.points = read_points(path, cls)
+            self._check_same_work(provenance)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.points:
+            path.write_text(",".join(self._names) + "\n", encoding="utf-8")
+            self._write_provenance(provenance)
+        self._done = {point.key for point in self.points}
+
+    def _drop_torn_row(self) -> None:
+        """Cut a last row that an interrupt left without its line end."""
+        text = self.path.read_bytes()
+        if not text.endswith(b"\n"):
+            self.path.write_bytes(text[: text.rfind(b"\n") + 1])
+
+    def _check_same_work(self, provenance: dict[str, object]) -> None:
+        if not self.points:
+            return
+        before = read_provenance(self.path)
+        for name in ("gpu", "device_sms", "work"):
+            if before.get(name) != provenance.get(name):
+                raise InputError(
+                    f"{provenance_path(self.path)}: {name}: found {before.get(name)!r}; expected "
+                    f"{provenance.get(name)!r} to resume (use another --out for other work)"
+                )
+
+    def _write_provenance(self, provenance: dict[str, object]) -> None:
+        text = json.dumps(provenance, indent=1, sort_keys=True)
+        provenance_path(self.path).write_text(text + "\n", encoding="utf-8")
+
+    def has(self, key: tuple[object, ...]) -> bool:
+        """Whether the point of this key has been measured."""
+        return key in self._done
+
+    def add(self, point: Point) -> None:
+        """Append one point."""
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow(dataclasses.astuple(point))
+        self.points.append(point)
+        self._done.add(point.key)
+
+
+def partition_counts(device_sms: int, step_sms: int) -> list[int]:
+    """SM counts of a sweep: from ``step_sms`` (at least 8) in steps, and the whole device last."""
+    low = max(8, step_sms)
+    return [*range(low, device_sms, step_sms), device_sms]
+
+
+def splits_of(device_sms: int, step_sms: int) -> list[Allocation]:
+    """The disjoint splits of a sweep, by ascending prefill SMs."""
+    low = max(8, step_sms)
+    return [Allocation(Mode.SPLIT, n, device_sms - n) for n in range(low, device_sms, step_sms)]
+
+
+def grid(tokens: Sequence[int], mean_contexts: Sequence[int]) -> list[PrefillWork]:
+    """Every prefill batch of a rectangular grid, cheapest first."""
+    works = [PrefillWork.at(t, m) for t in tokens for m in mean_contexts]
+    return sorted(works, key=lambda work: work.tokens * work.mean_context)
+
+
+def decode_grid(batches: Sequence[int], kv_tokens: Iterable[int]) -> list[DecodeWork]:
+    """Every decode batch of a rectangular grid, cheapest first."""
+    return sorted((DecodeWork(b, t) for t in kv_tokens for b in batches), key=lambda work: work.kv_tokens)
