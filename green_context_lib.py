@@ -8,7 +8,9 @@
 
 Asking again without destroying first makes another pair; every earlier pair stays valid until
 ``destroy_green_context``, so no work in flight loses its stream. Pairs overlap each other on the SMs. Destroying
-waits for the work in flight; destroying again, or with nothing created, does nothing. Both calls are thread-safe.
+waits for the work in flight, destroys the streams and leaves the green contexts to the next pairs of the same size;
+``semipd.partition.release_idle`` destroys those too. Destroying again, or with nothing created, does nothing. Both
+calls are thread-safe.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ def create_green_context_and_streams(
 
 
 def destroy_green_context() -> None:
-    """Wait for the work in flight, then destroy every pair created since the last call.
+    """Wait for the work in flight, then destroy every stream created since the last call.
 
-    Raises ``semipd.CudaError`` for what that work did wrong; everything is destroyed even then.
+    Raises ``semipd.CudaError`` for what that work did wrong; every stream is destroyed even then.
     """
     with _lock:
         _pairs.close()

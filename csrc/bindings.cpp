@@ -42,11 +42,6 @@ py::cpp_function asking(Method method) {
     return py::cpp_function(method, NoGil());
 }
 
-template <class... Args>
-std::shared_ptr<Partition> hold_partition(Args&&... args) {
-    return hold(without_gil([&] { return std::make_unique<Partition>(std::forward<Args>(args)...); }));
-}
-
 std::pair<std::shared_ptr<Partition>, std::shared_ptr<Partition>> create_split(
     const std::shared_ptr<PrimaryContext>& context, int requested, bool ignore_coscheduling,
     int primary_priority, int remaining_priority) {
@@ -54,7 +49,7 @@ std::pair<std::shared_ptr<Partition>, std::shared_ptr<Partition>> create_split(
         return semipd::create_split(context, requested, ignore_coscheduling, primary_priority,
                                     remaining_priority);
     });
-    return {hold_partition(std::move(split.first)), hold_partition(std::move(split.second))};
+    return {hold(std::move(split.first)), hold(std::move(split.second))};
 }
 
 void register_error(py::module_& m) {
@@ -128,7 +123,13 @@ PYBIND11_MODULE(_core, m) {
         .def(
             "create_stream",
             [](const std::shared_ptr<PrimaryContext>& context, int priority) {
-                return hold_partition(context, priority);
+                return hold(without_gil([&] { return std::make_unique<Partition>(context, priority); }));
             },
             py::arg("priority"));
+
+    m.def("release_idle", &semipd::release_idle, NoGil(),
+          "Destroy the green contexts that closed partitions left idle; partitions in use are left alone.\n\n"
+          "On drivers such as 580 a destroyed green context's memory comes back only when its primary\n"
+          "context goes: when nothing else in the process retains that, be it a partition, a\n"
+          "``PrimaryContext`` or torch.");
 }

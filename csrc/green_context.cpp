@@ -1,5 +1,8 @@
 #include "green_context.hpp"
 
+#include <map>
+#include <mutex>
+#include <new>
 #include <optional>
 
 namespace semipd {
@@ -39,6 +42,55 @@ std::optional<unsigned> probe(const Driver& driver, const CUdevResource& input, 
     driver.check(result, "cuDevSmResourceSplitByCount", "asking which sizes a split can have");
     if (groups == 0) return {};
     return group.sm.smCount;
+}
+
+// The process's idle green contexts. Thread-safe. Never destroyed itself, so that nothing calls the driver at
+// process exit.
+class Pool {
+  public:
+    static Pool& instance() {
+        static Pool& pool = *new Pool;
+        return pool;
+    }
+
+    // Null where none is idle.
+    GreenHandle take(const Device::Group::Name& group) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        auto found = idle_.extract(group);
+        return found.empty() ? GreenHandle() : std::move(found.mapped());
+    }
+
+    void give(const Device::Group::Name& group, GreenHandle green) noexcept {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        try {
+            idle_.emplace(group, std::move(green));
+        } catch (const std::bad_alloc&) {  // then `green` still owns it
+        }
+    }
+
+    void clear() noexcept {
+        Idle released;  // outside the lock, since the driver may take its time
+        const std::lock_guard<std::mutex> lock(mutex_);
+        released.swap(idle_);
+    }
+
+  private:
+    using Idle = std::multimap<Device::Group::Name, GreenHandle>;
+
+    std::mutex mutex_;
+    Idle idle_;
+};
+
+GreenHandle create_green(std::shared_ptr<const PrimaryContext> context, CUdevResource sms,
+                         const std::string& doing) {
+    const Driver& driver = context->driver();
+    CUdevResourceDesc description = nullptr;
+    driver.check(driver.cuDevResourceGenerateDesc(&description, &sms, 1), "cuDevResourceGenerateDesc", doing);
+    CUgreenCtx green = nullptr;
+    driver.check(
+        driver.cuGreenCtxCreate(&green, description, context->device().handle(), CU_GREEN_CTX_DEFAULT_STREAM),
+        "cuGreenCtxCreate", doing);
+    return {green, DestroyGreen{std::move(context)}};
 }
 
 }  // namespace
@@ -125,22 +177,24 @@ Device::Groups Device::groups(int requested, bool ignore_coscheduling) const {
         refuse("a group has at least " + std::to_string(sizes.minimum));
     if (static_cast<unsigned>(requested) > sizes.count) refuse("the device has fewer");
     const CUdevResource all = all_sms();
-    Groups split{};
+    CUdevResource primary{};
+    CUdevResource remaining{};
     unsigned made = 1;
-    driver_->check(driver_->cuDevSmResourceSplitByCount(&split.primary, &made, &all, &split.remaining,
+    driver_->check(driver_->cuDevSmResourceSplitByCount(&primary, &made, &all, &remaining,
                                                         split_flags(ignore_coscheduling),
                                                         static_cast<unsigned>(requested)),
                    "cuDevSmResourceSplitByCount",
                    "splitting " + std::to_string(requested) + " of " + std::to_string(sizes.count) + " SMs");
     if (made == 0) refuse("the driver makes no group of that size");
-    if (split.remaining.type != CU_DEV_RESOURCE_TYPE_SM || split.remaining.sm.smCount == 0)
-        refuse("the group takes " + std::to_string(split.primary.sm.smCount) + " and leaves no remainder");
-    return split;
+    if (remaining.type != CU_DEV_RESOURCE_TYPE_SM || remaining.sm.smCount == 0)
+        refuse("the group takes " + std::to_string(primary.sm.smCount) + " and leaves no remainder");
+    return {{{driver_, handle_, requested, ignore_coscheduling, false}, primary},
+            {{driver_, handle_, requested, ignore_coscheduling, true}, remaining}};
 }
 
 SplitPlan Device::plan(int requested, bool ignore_coscheduling) const {
     const Groups split = groups(requested, ignore_coscheduling);
-    return {requested, split.primary.sm.smCount, split.remaining.sm.smCount};
+    return {requested, split.primary.sms.sm.smCount, split.remaining.sms.sm.smCount};
 }
 
 PrimaryContext::PrimaryContext(const Device& device) : device_(device) {
@@ -177,75 +231,72 @@ void PrimaryContext::check_priority(int priority) const {
                           " (first) to " + std::to_string(range.least) + " (last); choose one of those");
 }
 
-void Release::operator()(CUgreenCtx green) const noexcept {
+void DestroyGreen::operator()(CUgreenCtx green) const noexcept {
     const Driver& driver = context->driver();
     driver.report(driver.cuGreenCtxDestroy(green), "cuGreenCtxDestroy");
 }
 
-void Release::operator()(CUstream stream) const noexcept {
-    const Driver& driver = context->driver();
-    // A green context must not go while its kernels run, and cuStreamDestroy alone would not wait for them.
-    const CUresult pushed = driver.cuCtxPushCurrent(context->handle());
-    driver.report(pushed, "cuCtxPushCurrent");
-    driver.report(driver.cuStreamSynchronize(stream), "cuStreamSynchronize");
-    driver.report(driver.cuStreamDestroy(stream), "cuStreamDestroy");
-    CUcontext popped = nullptr;
-    if (pushed == CUDA_SUCCESS) driver.report(driver.cuCtxPopCurrent(&popped), "cuCtxPopCurrent");
-}
-
-Partition::Partition(std::shared_ptr<const PrimaryContext> context, const CUdevResource& sms, int priority)
-    : green_(nullptr, Release{context}), stream_(nullptr, Release{context}), priority_(priority) {
-    const Driver& driver = context->driver();
-    const std::string doing = "creating a partition of " + std::to_string(sms.sm.smCount) +
-                              " SMs on device " + std::to_string(context->device().index());
-    context->check_priority(priority);
-    CUdevResource resource = sms;
-    CUdevResourceDesc description = nullptr;
-    driver.check(driver.cuDevResourceGenerateDesc(&description, &resource, 1), "cuDevResourceGenerateDesc",
-                 doing);
-    CUgreenCtx green = nullptr;
-    driver.check(
-        driver.cuGreenCtxCreate(&green, description, context->device().handle(), CU_GREEN_CTX_DEFAULT_STREAM),
-        "cuGreenCtxCreate", doing);
-    green_.reset(green);
-    CUstream stream = nullptr;
-    driver.check(driver.cuGreenCtxStreamCreate(&stream, green, CU_STREAM_NON_BLOCKING, priority),
-                 "cuGreenCtxStreamCreate", doing);
-    stream_.reset(stream);
+Partition::Partition(std::shared_ptr<const PrimaryContext> context, const Device::Group& group, int priority)
+    : context_(std::move(context)), group_(group.name), priority_(priority) {
+    const Driver& driver = context_->driver();
+    const std::string doing = "creating a partition of " + std::to_string(group.sms.sm.smCount) +
+                              " SMs on device " + std::to_string(context_->device().index());
+    green_ = Pool::instance().take(group_);
+    if (!green_) green_ = create_green(context_, group.sms, doing);
     CUdevResource granted{};
-    driver.check(driver.cuGreenCtxGetDevResource(green, &granted, CU_DEV_RESOURCE_TYPE_SM),
+    driver.check(driver.cuGreenCtxGetDevResource(green_.get(), &granted, CU_DEV_RESOURCE_TYPE_SM),
                  "cuGreenCtxGetDevResource", doing);
     sms_ = granted.sm.smCount;
+    // Last: the destructor, which destroys the stream, does not run for a constructor that throws.
+    driver.check(driver.cuGreenCtxStreamCreate(&stream_, green_.get(), CU_STREAM_NON_BLOCKING, priority),
+                 "cuGreenCtxStreamCreate", doing);
 }
 
 Partition::Partition(std::shared_ptr<const PrimaryContext> context, int priority)
-    : green_(nullptr, Release{context}), stream_(nullptr, Release{context}), priority_(priority) {
-    const Driver& driver = context->driver();
-    context->check_priority(priority);
-    const Current current(*context);
-    CUdevResource all{};
-    driver.check(driver.cuDeviceGetDevResource(context->device().handle(), &all, CU_DEV_RESOURCE_TYPE_SM),
-                 "cuDeviceGetDevResource", "asking for the device's SMs");
-    sms_ = all.sm.smCount;
-    CUstream stream = nullptr;
-    driver.check(driver.cuStreamCreateWithPriority(&stream, CU_STREAM_NON_BLOCKING, priority),
+    : context_(std::move(context)), priority_(priority) {
+    const Driver& driver = context_->driver();
+    context_->check_priority(priority);
+    sms_ = context_->device().all_sms().sm.smCount;
+    const Current current(*context_);
+    driver.check(driver.cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, priority),
                  "cuStreamCreateWithPriority", "creating a stream on the whole device");
-    stream_.reset(stream);
+}
+
+Partition::~Partition() {
+    const Driver& driver = context_->driver();
+    bool sound = !failed_;
+    const auto done = [&](CUresult result, const char* call) {
+        driver.report(result, call);
+        sound = sound && result == CUDA_SUCCESS;
+    };
+    // A green context must not go while its kernels run, and cuStreamDestroy alone would not wait for them.
+    const CUresult pushed = driver.cuCtxPushCurrent(context_->handle());
+    done(pushed, "cuCtxPushCurrent");
+    done(driver.cuStreamSynchronize(stream_), "cuStreamSynchronize");
+    done(driver.cuStreamDestroy(stream_), "cuStreamDestroy");
+    CUcontext popped = nullptr;
+    if (pushed == CUDA_SUCCESS) driver.report(driver.cuCtxPopCurrent(&popped), "cuCtxPopCurrent");
+    if (green_ && sound) Pool::instance().give(group_, std::move(green_));
 }
 
 void Partition::synchronize() const {
-    const PrimaryContext& context = *stream_.get_deleter().context;
-    const Current current(context);
-    context.driver().check(context.driver().cuStreamSynchronize(stream_.get()), "cuStreamSynchronize",
-                           "waiting for the work of a partition of " + std::to_string(sms_) + " SMs");
+    const Driver& driver = context_->driver();
+    const Current current(*context_);
+    const CUresult result = driver.cuStreamSynchronize(stream_);
+    if (result != CUDA_SUCCESS) failed_ = true;
+    driver.check(result, "cuStreamSynchronize",
+                 "waiting for the work of a partition of " + std::to_string(sms_) + " SMs");
 }
 
-std::pair<Partition, Partition> create_split(const std::shared_ptr<const PrimaryContext>& context,
-                                             int requested, bool ignore_coscheduling, int primary_priority,
-                                             int remaining_priority) {
+void release_idle() noexcept { Pool::instance().clear(); }
+
+std::pair<std::unique_ptr<Partition>, std::unique_ptr<Partition>> create_split(
+    const std::shared_ptr<const PrimaryContext>& context, int requested, bool ignore_coscheduling,
+    int primary_priority, int remaining_priority) {
+    for (const int priority : {primary_priority, remaining_priority}) context->check_priority(priority);
     const Device::Groups groups = context->device().groups(requested, ignore_coscheduling);
-    Partition primary(context, groups.primary, primary_priority);
-    Partition remaining(context, groups.remaining, remaining_priority);
+    auto primary = std::make_unique<Partition>(context, groups.primary, primary_priority);
+    auto remaining = std::make_unique<Partition>(context, groups.remaining, remaining_priority);
     return {std::move(primary), std::move(remaining)};
 }
 

@@ -1,10 +1,13 @@
 // SM partitions: a device's SMs split into two green contexts, each with a stream. Ownership is structural:
 // what is created from something keeps it alive, so everything is destroyed in the right order on every path.
+// Green contexts are reused: docs/adr/0003-green-contexts-are-pooled.md says why.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -49,15 +52,23 @@ class Device {
     // remainder.
     SplitPlan plan(int requested, bool ignore_coscheduling) const;
 
+    // One side of a split. `name` is the driver, the device, the SMs asked for, whether coscheduling is
+    // ignored, and whether this is the remainder: on a device, the same split always gives the same SMs.
+    struct Group {
+        using Name = std::tuple<const Driver*, CUdevice, int, bool, bool>;
+        Name name;
+        CUdevResource sms;
+    };
     struct Groups {
-        CUdevResource primary;
-        CUdevResource remaining;
+        Group primary;
+        Group remaining;
     };
     Groups groups(int requested, bool ignore_coscheduling) const;
 
+    CUdevResource all_sms() const;
+
   private:
     int attribute(CUdevice_attribute which) const;
-    CUdevResource all_sms() const;
     SmResource by_architecture(unsigned count, bool ignore_coscheduling) const;
 
     const Driver* driver_;
@@ -94,29 +105,28 @@ class PrimaryContext {
     CUcontext handle_ = nullptr;
 };
 
-// Deleters of handles, which keep the primary context alive for that long. They never throw: Driver::report.
-struct Release {
+// Destroys a green context and keeps its primary context alive until then. Never throws: Driver::report.
+struct DestroyGreen {
     std::shared_ptr<const PrimaryContext> context;
     void operator()(CUgreenCtx green) const noexcept;
-    void operator()(CUstream stream) const noexcept;  // after its work has completed
 };
-using GreenHandle = std::unique_ptr<std::remove_pointer_t<CUgreenCtx>, Release>;
-using StreamHandle = std::unique_ptr<std::remove_pointer_t<CUstream>, Release>;
+using GreenHandle = std::unique_ptr<std::remove_pointer_t<CUgreenCtx>, DestroyGreen>;
 
 // A non-blocking stream and the SMs its work runs on: a green context's, or the whole device's.
-// Its destructor waits for the work in flight, then destroys the stream, then the green context.
 class Partition {
   public:
-    // On the SMs of one group of Device::groups.
-    Partition(std::shared_ptr<const PrimaryContext> context, const CUdevResource& sms, int priority);
+    // On the SMs of one group, in an idle green context of that group if there is one. The priority is one
+    // that PrimaryContext::check_priority accepts.
+    Partition(std::shared_ptr<const PrimaryContext> context, const Device::Group& group, int priority);
     // On the whole device.
     Partition(std::shared_ptr<const PrimaryContext> context, int priority);
+    // Waits for the work in flight and destroys the stream. Then the green context is idle, for the next
+    // partition of its group; it is destroyed instead if anything went wrong in it.
+    ~Partition();
+    Partition(const Partition&) = delete;
+    Partition& operator=(const Partition&) = delete;
 
-    // A default move assignment would destroy the old green context before its stream.
-    Partition(Partition&&) noexcept = default;
-    Partition& operator=(Partition&&) = delete;
-
-    CUstream stream() const { return stream_.get(); }
+    CUstream stream() const { return stream_; }
     unsigned sms() const { return sms_; }
     int priority() const { return priority_; }
 
@@ -124,16 +134,22 @@ class Partition {
     void synchronize() const;
 
   private:
-    GreenHandle green_;  // destroyed after stream_
-    StreamHandle stream_;
+    std::shared_ptr<const PrimaryContext> context_;
+    Device::Group::Name group_;
+    GreenHandle green_;
+    CUstream stream_ = nullptr;
     unsigned sms_ = 0;
     int priority_;
+    mutable std::atomic<bool> failed_{false};
 };
+
+// Destroys every idle green context. They keep their primary context retained until then.
+void release_idle() noexcept;
 
 // Splits the device: `requested` SMs, rounded up, to the first partition, all others to the second.
 // Throws CudaError as Device::plan does, for a priority out of range, or with what the driver says.
-std::pair<Partition, Partition> create_split(const std::shared_ptr<const PrimaryContext>& context,
-                                             int requested, bool ignore_coscheduling, int primary_priority,
-                                             int remaining_priority);
+std::pair<std::unique_ptr<Partition>, std::unique_ptr<Partition>> create_split(
+    const std::shared_ptr<const PrimaryContext>& context, int requested, bool ignore_coscheduling,
+    int primary_priority, int remaining_priority);
 
 }  // namespace semipd

@@ -45,7 +45,7 @@ class Device:
     def plan(self, requested: int, ignore_coscheduling: bool = False) -> SplitPlan: ...
 
 class Partition:
-    """A stream and the SMs it runs on, destroyed after its work when the last reference goes."""
+    """A stream and the SMs it runs on, given up after its work when the last reference goes."""
 
     @property
     def stream(self) -> int: ...
@@ -75,3 +75,6 @@ class PrimaryContext:
         self, requested: int, ignore_coscheduling: bool, primary_priority: int, remaining_priority: int
     ) -> tuple[Partition, Partition]: ...
     def create_stream(self, priority: int) -> Partition: ...
+
+def release_idle() -> None:
+    """Destroy the green contexts that closed partitions left idle, and let go of their primary context."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +28,9 @@ GRAPH_MS = 0.5  # a timed graph lasts about this long, so that event overhead (a
 MAX_LAYERS_PER_GRAPH = 48
 ROTATED_BYTES = 192 << 20  # rotate through this much data, three times an H200's L2
 LONG_STEP_MS = 100.0  # steps longer than this are measured once
+SLACK = 1.1  # more work is enqueued than a window should take, since clocks move
 MARKS = 64  # timed graphs per stream in one window, at most
+SETTLE_MS = 60.0  # load before a measurement: a GPU at its power limit needs about this long to settle its clocks
 
 
 @dataclass
@@ -48,13 +51,22 @@ def copies_for(bytes_per_layer: int) -> int:
 class GpuBench:
     """Measures attention on every partition of one GPU. A context manager; raises CudaError from the driver.
 
-    ``step_sms`` is the granularity of the splits: 8, or 2 at the price of thread-block clusters.
+    ``step_sms`` is the granularity of the splits: 8, or 2 at the price of thread-block clusters. ``settle_ms``:
+    every measurement follows at least so much of the same load, since both phases at once draw more power than
+    the device may and its clocks fall within tens of milliseconds. ``rest_ms``: fixed work is measured after so
+    long an idle time instead, as a burst meets a rested GPU.
     """
 
-    def __init__(self, gqa: Gqa, step_sms: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, gqa: Gqa, step_sms: int = 8, seed: int = 0, settle_ms: float = SETTLE_MS, rest_ms: float = 0.0
+    ) -> None:
         torch.zeros(1, device="cuda")
         self.gqa, self.step_sms, self.seed = gqa, step_sms, seed
+        self.settle_ms, self.rest_ms = settle_ms, rest_ms
         self._bank = PartitionBank(step_sms=step_sms, prefill_priority=-1, decode_priority=0)
+        # A size that both sides of a split can have is measured on the prefill side, the aligned one.
+        self._solo = {s.decode.sms: s.decode for s in self._bank.splits}
+        self._solo.update({s.prefill.sms: s.prefill for s in self._bank.splits})
         self._capped: PartitionBank | None = None
         self._kernels: dict[tuple[object, ...], Kernel] = {}
         self._lanes: dict[tuple[object, ...], Lane] = {}
@@ -104,19 +116,22 @@ class GpuBench:
     ) -> tuple[FloatArray, FloatArray]:
         """Milliseconds of one layer of each phase while the other runs from its beginning to its end.
 
-        Raises RuntimeError when neither keeps the other company for a whole step after four tries.
+        Raises RuntimeError when they cannot be kept running together for ``marks`` whole steps each.
         """
         p_lane, d_lane = self._pair(prefill, prefill_backend, decode, decode_backend, at)
         p_ms, d_ms = p_lane.replay_ms * 1.2, d_lane.replay_ms * 1.2
-        for _ in range(4):
+        settled_ms = 0.0
+        for _ in range(6):
             wanted = 1 if max(p_ms, d_ms) > LONG_STEP_MS else marks
-            window_ms = max(4.0, (wanted + 0.5) * p_ms, (wanted + 0.5) * d_ms)
-            plan = [(lane, max(wanted + 1, math.ceil(window_ms / ms))) for lane, ms in ((p_lane, p_ms), (d_lane, d_ms))]
+            window_ms = max(4.0, self.settle_ms - settled_ms, (wanted + 1) * max(p_ms, d_ms))
+            plan = [(lane, 1 + math.ceil(SLACK * window_ms / ms)) for lane, ms in ((p_lane, p_ms), (d_lane, d_ms))]
             (p_stamps, p_each), (d_stamps, d_each) = self._timeline(plan)
             p_steps = saturated_steps(p_stamps, d_stamps[0], d_stamps[-1]) / p_each
             d_steps = saturated_steps(d_stamps, p_stamps[0], p_stamps[-1]) / d_each
-            if len(p_steps) >= wanted and len(d_steps) >= wanted:
+            long = wanted < marks  # one such step settles the clocks for the next
+            if (long or settled_ms >= self.settle_ms) and len(p_steps) >= wanted and len(d_steps) >= wanted:
                 return p_steps / p_lane.layers, d_steps / d_lane.layers
+            settled_ms += min(p_stamps[-1], d_stamps[-1]) - max(p_stamps[0], d_stamps[0])
             p_ms = self._contended(p_stamps, p_each, d_stamps, p_ms)
             d_ms = self._contended(d_stamps, d_each, p_stamps, d_ms)
         raise RuntimeError(f"{at}: {prefill} and {decode} could not be kept running together for {marks} steps")
@@ -144,8 +159,10 @@ class GpuBench:
         ``at.mode`` ``in-turn`` runs prefill, then decode, on the whole device.
         """
         p_lane, d_lane = self._pair(prefill, prefill_backend, decode, decode_backend, at, layers=1)
-        rows = []
-        for _ in range(runs + 1):
+        rows: list[list[float]] = []
+        settled_ms = 0.0
+        while len(rows) < runs:
+            time.sleep(self.rest_ms / 1e3)
             if at.mode == "in-turn":
                 ((p_stamps, _),) = self._timeline([(p_lane, steps[0])], exact=True)
                 ((d_stamps, _),) = self._timeline([(d_lane, steps[1])], exact=True)
@@ -154,13 +171,15 @@ class GpuBench:
                 (p_stamps, _), (d_stamps, _) = self._timeline([(p_lane, steps[0]), (d_lane, steps[1])], exact=True)
                 start = min(p_stamps[0], d_stamps[0])
                 prefill_ms, decode_ms = p_stamps[-1] - start, d_stamps[-1] - start
-            rows.append([prefill_ms, decode_ms, max(prefill_ms, decode_ms)])
-        return np.array(rows[1:])  # the first run warms up
+            if settled_ms >= (1e-9 if self.rest_ms else self.settle_ms):
+                rows.append([prefill_ms, decode_ms, max(prefill_ms, decode_ms)])
+            settled_ms += max(prefill_ms, decode_ms)
+        return np.array(rows)
 
     def _solo_stream(self, sms: int) -> Any:
         if sms == self.device_sms:
             return self._plain[0]
-        return torch.cuda.ExternalStream(self._bank.partition(sms).stream)
+        return torch.cuda.ExternalStream(self._solo[sms].stream)
 
     def _pair(
         self,
@@ -242,8 +261,9 @@ class GpuBench:
 
     def _alone(self, lane: Lane, marks: int) -> FloatArray:
         wanted = 1 if lane.replay_ms > LONG_STEP_MS else marks
-        ((stamps, _),) = self._timeline([(lane, wanted + 1)], exact=True)
-        return np.diff(stamps)[1:] / lane.layers
+        settle = max(1, math.ceil(self.settle_ms / lane.replay_ms)) if wanted == marks else 0
+        ((stamps, _),) = self._timeline([(lane, settle + wanted)], exact=True)
+        return np.diff(stamps)[settle:] / lane.layers
 
     def _timeline(self, plan: Sequence[tuple[Lane, int]], *, exact: bool = False) -> list[tuple[FloatArray, int]]:
         """Replay each lane's graph so many times, all starting together; stamps in ms and replays per stamp.
@@ -265,7 +285,7 @@ class GpuBench:
             first = torch.cuda.Event(enable_timing=True)
             first.record(lane.stream)
             stamps.append([first])
-            turns += [((i + 1) / replays, index) for i in range(math.ceil(replays / per))]
+            turns += [(i * per / replays, index) for i in range(math.ceil(replays / per))]
         for _, index in sorted(turns):
             lane = plan[index][0]
             with torch.cuda.stream(lane.stream):

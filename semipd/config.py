@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from semipd.core import InputError, Slo
 
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -92,9 +93,12 @@ class PrefillGrid(Strict):
 
     @model_validator(mode="after")
     def _one_way(self) -> PrefillGrid:
-        prompts, grid = self.seqs and self.seq_tokens, self.tokens and self.mean_context
-        if bool(prompts) == bool(grid):
-            raise ValueError("give either seqs and seq_tokens, or the lists tokens and mean_context")
+        _either(
+            {"seqs": self.seqs, "seq_tokens": self.seq_tokens},
+            {"tokens": self.tokens, "mean_context": self.mean_context},
+        )
+        if self.tokens and self.seq_context:
+            raise ValueError("seq_context belongs to seqs and seq_tokens; in a grid mean_context says it")
         return self
 
 
@@ -108,28 +112,88 @@ class DecodeGrid(Strict):
 
     @model_validator(mode="after")
     def _one_way(self) -> DecodeGrid:
-        if bool(self.batch and self.context) == bool(self.batches and self.kv_tokens):
-            raise ValueError("give either batch and context, or the lists batches and kv_tokens")
+        _either({"batch": self.batch, "context": self.context}, {"batches": self.batches, "kv_tokens": self.kv_tokens})
         return self
 
 
-class SweepConfig(Strict):
-    """A sweep: attention, partitions, shapes, repetitions. A prefill sweep needs ``prefill``, and so on.
+def _either(one: dict[str, object], grid: dict[str, object]) -> None:
+    """Raises ValueError unless everything of one and nothing of the other is given."""
+    given = [[name for name, value in way.items() if value] for way in (one, grid)]
+    if given not in ([list(one), []], [[], list(grid)]):
+        found = " and ".join(given[0] + given[1]) or "none"
+        raise ValueError(f"found {found}; expected {' and '.join(one)}, or the lists {' and '.join(grid)}")
 
-    ``work``: prefill and decode steps of hybrid's fixed-work total; none measured when absent.
-    ``modes``: ways of sharing whose steady-state contention hybrid measures.
+
+Backend = Literal["fa2", "fa3", "fa3-sized"]
+Backends = Annotated[tuple[Backend, ...], Field(min_length=1)]
+SharedMode = Literal["split", "capped", "priority", "streams"]
+
+
+class FixedWork(Strict):
+    """Hybrid's fixed work: layers of prefill and of decode that are started together, or run in turn."""
+
+    prefill_steps: Positive = 10
+    decode_steps: Positive = 100
+
+
+class SweepConfig(Strict):
+    """What every sweep has: the attention, the partitions, how often, for how long at most.
+
+    ``sms`` names the partition sizes instead of steps of ``step_sms``; ``runs`` is the samples of each point.
+    Before a measurement the same load runs for ``settle_ms``, so that a GPU at its power limit has settled its
+    clocks; with ``rest_ms`` each run of fixed work follows so long an idle time instead, as a burst would.
     """
 
     attention: Attention = Attention()
     step_sms: Literal[2, 4, 6, 8, 16, 32] = 8
+    sms: tuple[Positive, ...] = ()
     runs: Positive = 10
-    decode_runs: Positive = 100
-    backends: tuple[Literal["fa2", "fa3", "fa3-sized"], ...] = ("fa2", "fa3", "fa3-sized")
-    prefill: PrefillGrid | None = None
-    decode: DecodeGrid | None = None
-    modes: tuple[Literal["split", "capped", "priority", "streams"], ...] = ("split", "capped", "priority", "streams")
+    settle_ms: NotNegative = 60.0
+    rest_ms: NotNegative = 0.0
+    limit_s: PositiveFloat | None = None
+
+
+class PrefillSweep(SweepConfig):
+    """Prefill alone. ``partitions``: the sizes prefill gets in a split, those left to decode, or both."""
+
+    kind: Literal["prefill"] = "prefill"
+    partitions: Literal["primary", "remainder", "both"] = "primary"
+    backends: Backends = ("fa2", "fa3", "fa3-sized")
+    prefill: PrefillGrid = PrefillGrid(seqs=32, seq_tokens=4096)
+
+
+class DecodeSweep(SweepConfig):
+    """Decode alone; ``partitions`` as for prefill."""
+
+    kind: Literal["decode"] = "decode"
+    partitions: Literal["primary", "remainder", "both"] = "primary"
+    decode: DecodeGrid = DecodeGrid(batch=128, context=4096)
+
+
+class HybridSweep(SweepConfig):
+    """Both at once, in every way of ``modes``; ``sms`` are the prefill sizes.
+
+    ``work``: the fixed work whose total time is measured, null for none; it needs one batch of each phase.
+    ``contention``: whether each phase's steady-state time beside the other is measured. ``solo_prefill``: a
+    prefill table to take the fastest backend of each (partition, batch) from, instead of measuring ``backends``.
+    """
+
+    kind: Literal["hybrid"] = "hybrid"
+    backends: Backends = ("fa2", "fa3", "fa3-sized")
+    solo_prefill: str | None = None
+    prefill: PrefillGrid = PrefillGrid(seqs=4, seq_tokens=4096)
+    decode: DecodeGrid = DecodeGrid(batch=128, context=4096)
+    modes: Annotated[tuple[SharedMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "streams")
     contention: bool = True
-    total: bool = True
+    work: FixedWork | None = FixedWork()
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> HybridSweep:
+        if self.work is None and not self.contention:
+            raise ValueError("work is null and contention false, which leaves nothing to measure")
+        if self.work is not None and not (self.prefill.seqs and self.decode.batch):
+            raise ValueError("fixed work needs one prefill and one decode batch; with a grid set work to null")
+        return self
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -171,14 +235,22 @@ def build(data: dict[str, Any], schema: type[Schema], source: str, overrides: tu
         return schema.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        found = "" if first["type"] in ("missing", "extra_forbidden") else f"found {first['input']!r}; "
+        where = ": ".join([source, ".".join(map(str, first["loc"]))] if first["loc"] else [source])
+        said = first["type"] in ("missing", "extra_forbidden", "value_error")  # the message itself says what was found
+        found = "" if said else f"found {_shown(first['input'])}; "
         message = {
             "missing": "missing; expected a value",
             "extra_forbidden": "unknown; expected one of " + ", ".join(_names(schema, first["loc"])),
+            "value_error": first["msg"].removeprefix("Value error, "),
         }.get(first["type"], first["msg"][:1].lower() + first["msg"][1:].replace("Input should be", "expected"))
         message = message.replace("input should be", "expected")
-        raise InputError(f"{source}: {field}: {found}{message}") from None
+        raise InputError(f"{where}: {found}{message}") from None
+
+
+def _shown(value: object) -> str:
+    """A value on part of one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _names(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

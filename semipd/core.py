@@ -143,8 +143,8 @@ class Run:
 
     @property
     def decode_shape(self) -> DecodeShape:
-        """Shape of this run's first step as decode."""
-        return DecodeShape(len(self.requests), sum(self.context_lens))
+        """Shape of this run's first step as decode; the token that each sequence processes attends to itself."""
+        return DecodeShape(len(self.requests), sum(self.context_lens) + len(self.requests))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

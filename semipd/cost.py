@@ -1,13 +1,24 @@
-"""What a step costs: the interface that the simulator and the policies price work with."""
+"""What a step costs: the interface that the simulator and the policies price work with, and its two models.
+
+``TableCost`` interpolates measured tables; docs/profiles.md says how and within which limits. ``ConstantCost`` has
+fixed step times.
+"""
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from math import log2
+from operator import mul
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Mode, PrefillShape
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Mode, PrefillShape
+from semipd.sweep import DecodePoint, HybridPoint, PrefillPoint
 
 
 class CostModel(Protocol):
@@ -16,8 +27,15 @@ class CostModel(Protocol):
     A prefill step is one layer of a batch; a decode step is one token of every sequence, all layers.
     """
 
-    device_sms: int
-    layers: int
+    @property
+    def device_sms(self) -> int:
+        """SMs of the whole device."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model: so many prefill steps take a batch through it."""
+        ...
 
     @property
     def splits(self) -> tuple[Allocation, ...]:
@@ -69,3 +87,407 @@ class ConstantCost:
         """``decode_step_s`` for every step."""
         del batch, at, beside
         return np.full(len(kv_tokens), self.decode_step_s), 0
+
+
+CURVES = 4096
+"""Decode curves that a ``TableCost`` keeps, of about 0.5 kB each; the least recently used goes first."""
+
+FLOORS: Mapping[str, float] = {"tokens": 16, "mean_context": 64, "kv_tokens": 256}
+"""Work below which a step takes no less time, since kernels compute whole tiles (docs/profiles.md)."""
+
+FILLS_TOKENS = 2048
+"""Prefill tokens that fill every partition for several waves; more of them last longer but contend no more."""
+
+V = TypeVar("V", float, FloatArray)
+P = TypeVar("P")
+K = TypeVar("K", bound=Hashable)
+
+
+class Axis:
+    """The measured values of one variable of a grid, ascending, and how to place a number among them.
+
+    ``log``: weights are linear in the number's logarithm. Beyond the last value is outside the grid. So is below the
+    first, unless the first is at most the variable's floor, below which nothing gets cheaper. ``high``: up to where
+    the last value still holds, if farther than itself.
+    """
+
+    def __init__(self, name: str, values: Sequence[float], *, log: bool = False, high: float = 0.0) -> None:
+        self.name = name
+        self.low = 0.0 if values[0] <= FLOORS.get(name, 0) else values[0]
+        self.high = max(values[-1], high)
+        self._values = tuple(values)
+        self._knots = tuple(log2(x) for x in values) if log else self._values
+        self._log = log
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def place(self, x: float) -> tuple[int, tuple[float, ...], bool]:
+        """Index of the first neighbour, the neighbours' weights, and whether x is outside (and clamped)."""
+        if len(self) == 1:
+            return 0, (1.0,), not self.low <= x <= self.high
+        if x <= self._values[0]:
+            return 0, (1.0, 0.0), x < self.low
+        if x >= self._values[-1]:
+            return len(self) - 2, (0.0, 1.0), x > self.high
+        i = bisect_right(self._values, x) - 1
+        low, high = self._knots[i], self._knots[i + 1]
+        weight = ((log2(x) if self._log else x) - low) / (high - low)
+        return i, (1 - weight, weight), False
+
+
+class Grid(Generic[V]):
+    """Multilinear interpolation between values on a rectangular grid: exact on it, clamped to its edge outside.
+
+    ``values`` are numbers or equally long vectors, in row-major order of ``axes``.
+    """
+
+    def __init__(self, axes: Sequence[Axis], values: Sequence[V]) -> None:
+        self.axes = tuple(axes)
+        self.values: tuple[V, ...] = tuple(values)
+        index = np.arange(len(self.values)).reshape([len(axis) for axis in axes])
+        self._cells: dict[tuple[int, ...], list[V]] = {}  # values at a cell's corners, by its first corner's indices
+        for first in itertools.product(*(range(max(len(axis) - 1, 1)) for axis in axes)):
+            corners = index[tuple(slice(i, i + 2) for i in first)]
+            self._cells[first] = [self.values[i] for i in corners.flat]
+
+    def at(self, *place: float) -> tuple[V, bool]:
+        """Value at a place, and whether the place is outside the grid."""
+        first, weights, outside = [], [1.0], False
+        for axis, x in zip(self.axes, place, strict=True):
+            i, pair, out = axis.place(x)
+            first.append(i)
+            weights = [a * b for a in weights for b in pair]
+            outside = outside or out
+        return sum(map(mul, weights, self._cells[tuple(first)])), outside
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCurves:
+    """Decode on one partition, alone: at each batch, seconds of a layer at the knots ``kv_tokens``."""
+
+    kv: Axis
+    kv_tokens: FloatArray
+    at_batch: Grid[FloatArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """One way of sharing: how many times longer each phase takes while the other runs.
+
+    ``prefill``: over (tokens, mean_context, batch, kv_tokens). ``decode``: over (tokens, mean_context, batch), a vector
+    over the knots ``kv_tokens``, which are those of the solo curves and those of the hybrid table.
+    ``solo``: the solo curves at these knots.
+    """
+
+    prefill: Grid[float]
+    decode: Grid[FloatArray]
+    solo: Grid[FloatArray]
+    kv_tokens: FloatArray
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Decode step time of one batch in one situation: piecewise linear between the knots.
+
+    Outside ``low`` to ``high`` KV tokens is outside the grid; ``outside``: everywhere is.
+    """
+
+    kv_tokens: FloatArray
+    seconds: FloatArray
+    low: float
+    high: float
+    outside: bool
+
+
+class TableCost:
+    """A cost model that interpolates measured step times (law 8: it reproduces every measured point).
+
+    Solo times are bilinear in (tokens, mean_context) and in (batch, kv_tokens), in the fastest backend measured at each
+    point. Beside the other phase a step takes its solo time times a slowdown, which is measured at the same split and
+    multilinear in the logarithms of tokens, mean_context, batch and kv_tokens. Between two measured KV token counts, a
+    decode step beside prefill is linear in time. Outside the grid a look-up is clamped to its edge and counted; between
+    two partitions nothing is interpolated.
+
+    Only ``split`` rows of the hybrid table are used. Instances can be pickled.
+
+    Args:
+        prefill: Solo points, milliseconds of one layer; the whole device and every split's partition.
+        decode: Likewise.
+        hybrid: Points measured while both phases ran; the splits are those found here.
+        device_sms: SMs of the whole device.
+        layers: Layers of a decode step.
+        source: Where the points are from, for messages.
+
+    Raises:
+        InputError: There is no split, a partition is missing, or a grid lacks a point.
+    """
+
+    def __init__(
+        self,
+        prefill: Iterable[PrefillPoint],
+        decode: Iterable[DecodePoint],
+        hybrid: Iterable[HybridPoint],
+        *,
+        device_sms: int,
+        layers: int,
+        source: str = "profile",
+    ) -> None:
+        self.device_sms = device_sms
+        self.layers = layers
+        self._prefill = {
+            sms: _prefill_grid(points, f"{source}/prefill.csv: {sms} SMs")
+            for sms, points in _grouped(prefill, lambda p: p.sms).items()
+        }
+        self._decode = {
+            sms: _decode_curves(points, f"{source}/decode.csv: {sms} SMs")
+            for sms, points in _grouped(decode, lambda p: p.sms).items()
+        }
+        shared = _grouped((p for p in hybrid if p.mode == "split"), lambda p: (p.prefill_sms, p.decode_sms))
+        if not shared:
+            raise InputError(f"{source}/hybrid.csv: no row of mode split; expected at least one measured split")
+        for table, sizes, measured in (
+            ("prefill.csv", {p for p, _ in shared}, set(self._prefill)),
+            ("decode.csv", {d for _, d in shared}, set(self._decode)),
+        ):
+            for sms in sorted((sizes | {device_sms}) - measured):
+                what = "the whole device" if sms == device_sms else "a split of hybrid.csv"
+                raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, being {what}")
+        self._contention = {
+            Allocation(Mode.SPLIT, p, d): _contention(
+                shared[p, d], self._prefill[p], self._decode[d], f"{source}/hybrid.csv: split {p}/{d}"
+            )
+            for p, d in sorted(shared)
+        }
+        self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_curve"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
+
+    @property
+    def splits(self) -> tuple[Allocation, ...]:
+        """The measured disjoint splits, by ascending prefill SMs."""
+        return tuple(at for at in self._contention if at.mode is Mode.SPLIT)
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        """Seconds of one layer, alone or beside a decode batch; see ``CostModel.prefill_s``."""
+        place = shape.tokens, shape.mean_context
+        seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").at(*place)
+        if beside is None:
+            return seconds, outside
+        slowdown, also = self._sharing(at).prefill.at(*place, beside.batch, beside.kv_tokens)
+        return seconds * slowdown, outside or also
+
+    def decode_s(
+        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+    ) -> tuple[FloatArray, int]:
+        """Seconds of each decode step, alone or beside a prefill batch; see ``CostModel.decode_s``."""
+        curve = self._curve(batch, at, beside)
+        seconds = np.interp(kv_tokens, curve.kv_tokens, curve.seconds)
+        if curve.outside:
+            return seconds, len(kv_tokens)
+        return seconds, int(np.count_nonzero((kv_tokens < curve.low) | (kv_tokens > curve.high)))
+
+    def _decode_curve(self, batch: int, at: Allocation, beside: PrefillShape | None) -> Curve:
+        solo = _partition(self._decode, at.decode_sms, "decode")
+        if beside is None:
+            layer_s, outside = solo.at_batch.at(batch)
+            return Curve(solo.kv_tokens, layer_s * self.layers, solo.kv.low, solo.kv.high, outside)
+        shared = self._sharing(at)
+        layer_s, outside = shared.solo.at(batch)
+        slowdown, also = shared.decode.at(beside.tokens, beside.mean_context, batch)
+        seconds = layer_s * slowdown * self.layers
+        return Curve(shared.kv_tokens, seconds, shared.low, shared.high, outside or also)
+
+    def _sharing(self, at: Allocation) -> Contention:
+        found = self._contention.get(at)
+        if found is None:
+            raise KeyError(
+                f"both phases at {at.name} were not measured; measured: {', '.join(a.name for a in self._contention)}"
+            )
+        return found
+
+
+def _partition(measured: Mapping[int, P], sms: int, phase: str) -> P:
+    found = measured.get(sms)
+    if found is None:
+        raise KeyError(f"{phase} on {sms} SMs was not measured; measured: {', '.join(map(str, sorted(measured)))}")
+    return found
+
+
+def _grouped(points: Iterable[P], key: Callable[[P], K]) -> dict[K, list[P]]:
+    groups: dict[K, list[P]] = {}
+    for point in points:
+        groups.setdefault(key(point), []).append(point)
+    return groups
+
+
+def _fastest(points: Iterable[P], place: Callable[[P], K], time_ms: Callable[[P], float]) -> dict[K, P]:
+    """The fastest point (that is: backend) at each place."""
+    return {key: min(same, key=time_ms) for key, same in _grouped(points, place).items()}
+
+
+def _axis_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where: str) -> list[list[int]]:
+    """Values of each variable. Raises InputError unless they are positive and every combination is a place."""
+    found = set(places)
+    values = [sorted({place[i] for place in found}) for i in range(len(names))]
+    for name, measured in zip(names, values, strict=True):
+        if measured[0] < 1:
+            raise InputError(f"{where}: {name}: found {measured[0]}; expected one or more")
+    missing = [place for place in itertools.product(*values) if place not in found]
+    if missing:
+        first = ", ".join(f"{name} {x}" for name, x in zip(names, missing[0], strict=True))
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(f"{where}: no point at {first}{more}; expected every combination of {' and '.join(names)}")
+    return values
+
+
+def _prefill_grid(points: Iterable[PrefillPoint], where: str) -> Grid[float]:
+    """Seconds of a layer alone over (tokens, mean_context)."""
+    best = _fastest(points, lambda p: (p.tokens, p.mean_context), lambda p: p.median_ms)
+    names = ("tokens", "mean_context")
+    values = _axis_values(best, names, where)
+    axes = [Axis(name, v) for name, v in zip(names, values, strict=True)]
+    return Grid(axes, [best[t, m].median_ms / 1e3 for t, m in itertools.product(*values)])
+
+
+def _decode_curves(points: Iterable[DecodePoint], where: str) -> DecodeCurves:
+    """Seconds of a layer alone over (batch, kv_tokens)."""
+    best = _fastest(points, lambda p: (p.batch, p.kv_tokens), lambda p: p.median_ms)
+    batches, kv = _axis_values(best, ("batch", "kv_tokens"), where)
+    rows = [np.array([best[b, k].median_ms / 1e3 for k in kv]) for b in batches]
+    return DecodeCurves(Axis("kv_tokens", kv), np.array(kv, dtype=np.float64), Grid([Axis("batch", batches)], rows))
+
+
+def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: DecodeCurves, where: str) -> Contention:
+    """Slowdowns at one split: measured time over the solo time there, which may lie between solo points.
+
+    Where several prefill backends were measured, the row of the fastest counts for both phases.
+    """
+    names = ("tokens", "mean_context", "batch", "kv_tokens")
+    best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
+    values = _axis_values(best, names, where)
+    axes = [Axis(name, v, log=True) for name, v in zip(names, values, strict=True)]
+    if values[0][-1] >= FILLS_TOKENS:
+        axes[0] = Axis("tokens", values[0], log=True, high=prefill.axes[0].high)
+    tokens, contexts, batches, kv = values
+    knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
+
+    prefill_slowdown = [
+        best[t, m, b, k].prefill_median_ms / 1e3 / prefill.at(t, m)[0]
+        for t, m, b, k in itertools.product(tokens, contexts, batches, kv)
+    ]
+    decode_slowdown = []
+    for t, m, b in itertools.product(tokens, contexts, batches):
+        measured = np.array([best[t, m, b, k].decode_median_ms / 1e3 for k in kv])
+        slowdown = measured / np.interp(kv, decode.kv_tokens, decode.at_batch.at(b)[0])
+        decode_slowdown.append(np.interp(np.log2(knots), np.log2(kv), slowdown))
+    return Contention(
+        prefill=Grid(axes, prefill_slowdown),
+        decode=Grid(axes[:3], decode_slowdown),
+        solo=Grid(decode.at_batch.axes, [np.interp(knots, decode.kv_tokens, row) for row in decode.at_batch.values]),
+        kv_tokens=knots,
+        low=max(decode.kv.low, axes[3].low),
+        high=min(decode.kv.high, axes[3].high),
+    )
+
+
+@dataclass(frozen=True)
+class HoldoutErrors:
+    """Relative errors (predicted / measured - 1) of a cost model at points that it was not made from.
+
+    ``prefill``, ``decode``: at the solo points. ``contended_prefill``, ``contended_decode``: at the hybrid points of
+    mode split. ``solo_only_prefill``, ``solo_only_decode``: at the same points, when contention is left out: what a
+    model of solo tables would predict. ``outside``: how many look-ups of the full model fell outside its grid.
+    """
+
+    prefill: FloatArray
+    decode: FloatArray
+    contended_prefill: FloatArray
+    contended_decode: FloatArray
+    solo_only_prefill: FloatArray
+    solo_only_decode: FloatArray
+    outside: int
+
+
+def holdout_errors(
+    cost: TableCost,
+    *,
+    prefill: Iterable[PrefillPoint] = (),
+    decode: Iterable[DecodePoint] = (),
+    hybrid: Iterable[HybridPoint] = (),
+) -> HoldoutErrors:
+    """Hold a cost model against points measured off its grid; a place measured with several backends counts once.
+
+    Raises KeyError for a partition or split that the model does not have.
+    """
+    solo_p = [
+        (_alone(p.sms), _prefill_shape(p), None, p.median_ms)
+        for p in _fastest(prefill, lambda p: (p.sms, p.tokens, p.mean_context), lambda p: p.median_ms).values()
+    ]
+    solo_d = [
+        (_alone(p.sms), DecodeShape(p.batch, p.kv_tokens), None, p.median_ms)
+        for p in _fastest(decode, lambda p: (p.sms, p.batch, p.kv_tokens), lambda p: p.median_ms).values()
+    ]
+    both = [
+        (Allocation(Mode.SPLIT, p.prefill_sms, p.decode_sms), _prefill_shape(p), DecodeShape(p.batch, p.kv_tokens), p)
+        for p in _fastest(
+            (p for p in hybrid if p.mode == "split"),
+            lambda p: (p.prefill_sms, p.decode_sms, p.tokens, p.mean_context, p.batch, p.kv_tokens),
+            lambda p: p.prefill_median_ms,
+        ).values()
+    ]
+    errors_p, out_p = _prefill_errors(cost, solo_p)
+    errors_d, out_d = _decode_errors(cost, solo_d)
+    full_p, out_fp = _prefill_errors(cost, [(at, p, d, point.prefill_median_ms) for at, p, d, point in both])
+    full_d, out_fd = _decode_errors(cost, [(at, d, p, point.decode_median_ms) for at, p, d, point in both])
+    return HoldoutErrors(
+        prefill=errors_p,
+        decode=errors_d,
+        contended_prefill=full_p,
+        contended_decode=full_d,
+        solo_only_prefill=_prefill_errors(cost, [(at, p, None, point.prefill_median_ms) for at, p, _, point in both])[
+            0
+        ],
+        solo_only_decode=_decode_errors(cost, [(at, d, None, point.decode_median_ms) for at, _, d, point in both])[0],
+        outside=out_p + out_d + out_fp + out_fd,
+    )
+
+
+def _alone(sms: int) -> Allocation:
+    """An allocation to look up solo times on a partition with."""
+    return Allocation(Mode.SPLIT, sms, sms)
+
+
+def _prefill_shape(point: PrefillPoint | HybridPoint) -> PrefillShape:
+    return PrefillShape(point.tokens, float(point.tokens * point.mean_context))
+
+
+def _prefill_errors(
+    cost: TableCost, cases: Iterable[tuple[Allocation, PrefillShape, DecodeShape | None, float]]
+) -> tuple[FloatArray, int]:
+    """Relative error of each (where, what, beside what, measured ms), and how many were outside the grid."""
+    found = [(cost.prefill_s(shape, at, beside), measured_ms) for at, shape, beside, measured_ms in cases]
+    errors = np.array([seconds * 1e3 / measured_ms - 1 for (seconds, _), measured_ms in found], dtype=np.float64)
+    return errors, sum(outside for (_, outside), _ in found)
+
+
+def _decode_errors(
+    cost: TableCost, cases: Iterable[tuple[Allocation, DecodeShape, PrefillShape | None, float]]
+) -> tuple[FloatArray, int]:
+    """Likewise for decode; measured milliseconds are of one layer."""
+    found = [
+        (cost.decode_s(shape.batch, np.array([shape.kv_tokens]), at, beside), measured_ms)
+        for at, shape, beside, measured_ms in cases
+    ]
+    layer_ms = 1e3 / cost.layers
+    errors = np.array(
+        [seconds[0] * layer_ms / measured_ms - 1 for (seconds, _), measured_ms in found], dtype=np.float64
+    )
+    return errors, sum(outside for (_, outside), _ in found)

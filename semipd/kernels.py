@@ -2,24 +2,22 @@
 
 flashinfer's fa3 prefill is persistent: it launches one CTA per SM of the *device* and hands each a fixed list
 of tiles, so on a partition of n SMs it takes ceil(device / n) waves. Its list is plain data in the wrapper's
-integer workspace, so ``size_to`` writes one for n CTAs instead and leaves the others empty: no kernel is
-changed, and the time is smooth in n (docs/adr/0002-fa3-sized-to-the-partition.md).
+integer workspace, so ``size_to`` writes one for n CTAs instead, in an order that is kind to L2, and leaves the
+others empty: no kernel is changed, and the time is smooth in n (docs/adr/0002-fa3-sized-to-the-partition.md).
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from semipd.core import IntArray
 from semipd.sweep import DecodeWork, PrefillWork
+from semipd.tiles import balance
 
 WORKSPACE_BYTES = 128 << 20
-FA3_TILE_ROWS = 128  # query rows of one fa3 tile at head dimension 128
 
 
 @dataclass(frozen=True)
@@ -40,41 +38,6 @@ class Gqa:
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token adds in one layer."""
         return 2 * self.kv_heads * self.head_dim * int(self.torch_dtype.itemsize)
-
-
-@dataclass(frozen=True)
-class TileList:
-    """Tiles of a persistent kernel by CTA: tiles ``indptr[i]:indptr[i + 1]`` are CTA i's, all shape [tiles]."""
-
-    tile: IntArray
-    sequence: IntArray
-    head: IntArray
-    indptr: IntArray
-
-
-def balance(seq_tokens: list[int], kv_lens: list[int], heads: int, ctas: int) -> TileList:
-    """Deal the tiles of a causal prefill to ``ctas`` CTAs, each to the least loaded so far.
-
-    A tile is ``FA3_TILE_ROWS`` query rows of one head of one sequence; it costs the keys its last row sees plus
-    its own rows. Heads outermost and long tiles first, as flashinfer's planner deals them, keeps the CTAs that
-    run at one time on the same keys, and so in L2.
-    """
-    costs: list[tuple[int, int, int]] = []  # (cost, sequence, tile) of one head, in dealing order
-    order = sorted(range(len(seq_tokens)), key=lambda i: -kv_lens[i])
-    for i in order:
-        for tile in range((seq_tokens[i] + FA3_TILE_ROWS - 1) // FA3_TILE_ROWS - 1, -1, -1):
-            last_row = min((tile + 1) * FA3_TILE_ROWS, seq_tokens[i])
-            costs.append((kv_lens[i] - seq_tokens[i] + last_row + FA3_TILE_ROWS, i, tile))
-    heap = [(0, cta) for cta in range(ctas)]
-    dealt: list[list[tuple[int, int, int]]] = [[] for _ in range(ctas)]
-    for head in range(heads):
-        for cost, sequence, tile in costs:
-            load, cta = heap[0]
-            heapq.heapreplace(heap, (load + cost, cta))
-            dealt[cta].append((tile, sequence, head))
-    flat = np.array([entry for entries in dealt for entry in entries], dtype=np.int64).reshape(-1, 3)
-    indptr = np.cumsum([0, *(len(entries) for entries in dealt)])
-    return TileList(flat[:, 0], flat[:, 1], flat[:, 2], indptr)
 
 
 class PrefillKernel:
@@ -129,7 +92,8 @@ class PrefillKernel:
         if len(info) != 9 or info[8] or ctas > device_ctas:
             raise RuntimeError(f"flashinfer's fa3 plan is {info}; expected nine offsets and one schedule per head")
         kv_len = work.seq_context + work.seq_tokens
-        tiles = balance([work.seq_tokens] * work.seqs, [kv_len] * work.seqs, self.gqa.query_heads, ctas)
+        heads, group = self.gqa.query_heads, self.gqa.query_heads // self.gqa.kv_heads
+        tiles = balance([work.seq_tokens] * work.seqs, [kv_len] * work.seqs, heads, group, ctas)
         indptr = np.concatenate([tiles.indptr, np.full(device_ctas - ctas, tiles.indptr[-1])])
         count = len(tiles.tile)
         columns = (
@@ -168,13 +132,13 @@ class DecodeKernel:
     ) -> None:
         import flashinfer
 
-        self.gqa, self.work, self.copies = gqa, work, copies
+        self.gqa, self.work, self.copies, self.page_size = gqa, work, copies, page_size
         generator = torch.Generator("cuda").manual_seed(seed)
         lengths = work.lengths()
         pages = [(n + page_size - 1) // page_size for n in lengths]
         indptr = torch.tensor([0, *np.cumsum(pages)], dtype=torch.int32)
         count = int(indptr[-1])
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+        self.page_ids = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
         shape = (copies, count, 2, page_size, gqa.kv_heads, gqa.head_dim)
         self.cache = torch.randn(shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
         q_shape = (copies, work.batch, gqa.query_heads, gqa.head_dim)
@@ -184,7 +148,7 @@ class DecodeKernel:
         self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=True)
         self._wrapper.plan(
             indptr,
-            order.to("cuda"),
+            self.page_ids.to("cuda"),
             torch.tensor([(n - 1) % page_size + 1 for n in lengths], dtype=torch.int32),
             gqa.query_heads,
             gqa.kv_heads,

@@ -1,10 +1,12 @@
 """The three sweeps: what each phase costs alone on every partition, and both at once on every split.
 
-Written against ``Bench``, so that order, resuming, limits and choice of backend are tested without a GPU.
+Written against ``Bench``, so that order, resuming, limits and choice of backend are tested without a GPU. The
+first half says what a configuration measures on a device, the second measures it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from semipd.core import FloatArray
+from semipd.config import DecodeGrid, DecodeSweep, HybridSweep, PrefillGrid, PrefillSweep
+from semipd.core import FloatArray, InputError
 from semipd.sweep import (
     DecodePoint,
     DecodeWork,
@@ -23,6 +26,10 @@ from semipd.sweep import (
     Spread,
     TableWriter,
     TotalPoint,
+    decode_grid,
+    grid,
+    partition_counts,
+    splits_of,
 )
 
 DECODE_BACKEND = "fa2"  # flashinfer's tensor-core decode is its fa2 kernel
@@ -69,6 +76,101 @@ class Bench(Protocol):
     ) -> FloatArray:
         """Fixed work: times until prefill, decode and both are done, shape [runs, 3]."""
         ...
+
+
+def prefill_works(config: PrefillGrid) -> list[PrefillWork]:
+    """The prefill batches to measure, cheapest first. Raises InputError for a grid that equal prompts cannot fill."""
+    if config.seqs and config.seq_tokens:
+        return [PrefillWork.prompts(config.seqs, config.seq_tokens, config.seq_context)]
+    return grid(config.tokens, config.mean_context)
+
+
+def decode_works(config: DecodeGrid) -> list[DecodeWork]:
+    """The decode batches to measure, cheapest first."""
+    if config.batch and config.context:
+        return [DecodeWork(config.batch, config.batch * config.context)]
+    return decode_grid(config.batches, config.kv_tokens)
+
+
+def solo_sms(config: PrefillSweep | DecodeSweep, device_sms: int) -> list[int]:
+    """Partition sizes of a solo sweep, ascending, the whole device last.
+
+    Raises InputError for a size in ``config.sms`` that no split at ``config.step_sms`` grants.
+    """
+    primary = partition_counts(device_sms, config.step_sms)
+    remainder = [*(device_sms - n for n in reversed(primary[:-1])), device_sms]
+    if config.sms:
+        return _known(config.sms, {*primary, *remainder}, config.step_sms)
+    sizes = {"primary": primary, "remainder": remainder, "both": [*primary, *remainder]}[config.partitions]
+    return sorted(set(sizes))
+
+
+def sharings(config: HybridSweep, device_sms: int) -> list[Sharing]:
+    """Every way of sharing that a hybrid sweep measures: by mode, then by ascending prefill SMs.
+
+    Raises InputError for a size in ``config.sms`` that prefill has in no split.
+    """
+    sizes = [split.prefill_sms for split in splits_of(device_sms, config.step_sms)]
+    if config.sms:
+        sizes = _known(config.sms, set(sizes), config.step_sms)
+    ways = {
+        "split": [Sharing("split", n, device_sms - n) for n in sizes],
+        "capped": [Sharing("capped", n, device_sms) for n in sizes],
+        "priority": [Sharing("priority", device_sms, device_sms)],
+        "streams": [Sharing("streams", device_sms, device_sms)],
+    }
+    return [at for mode in dict.fromkeys(config.modes) for at in ways[mode]]
+
+
+def _known(sms: Sequence[int], possible: set[int], step_sms: int) -> list[int]:
+    for n in sms:
+        if n not in possible:
+            sizes = ", ".join(map(str, sorted(possible)))
+            raise InputError(f"sms: found {n}; expected sizes that splits in steps of {step_sms} have: {sizes}")
+    return sorted(set(sms))
+
+
+def chosen_backends(
+    config: HybridSweep, work: PrefillWork, at: Sharing, solo: Sequence[PrefillPoint] | None
+) -> Sequence[str]:
+    """The prefill backends to measure there: all of the configuration's, or the one that is fastest alone.
+
+    With ``solo`` that is the fastest at the nearest batch measured on this partition, by the ratios of tokens and
+    of mean contexts. Raises InputError when ``solo`` has nothing on this partition.
+    """
+    if solo is None:
+        return config.backends
+    here = [p for p in best_backends(solo).values() if p.sms == at.prefill_sms]
+    if not here:
+        raise InputError(f"{config.solo_prefill}: found no point on {at.prefill_sms} SMs; expected one for each split")
+
+    def distance(point: PrefillPoint) -> float:
+        ratios = (point.tokens / work.tokens, (point.mean_context + 1) / (work.mean_context + 1))
+        return sum(abs(math.log(ratio)) for ratio in ratios)
+
+    return (min(here, key=distance).backend,)
+
+
+@dataclass(frozen=True)
+class HybridPlan:
+    """What a hybrid sweep measures: (batch, backend, sharing) beside every decode batch, and fixed-work totals."""
+
+    contention: tuple[tuple[PrefillWork, str, Sharing], ...]
+    totals: tuple[tuple[str, Sharing], ...]
+
+
+def hybrid_plan(config: HybridSweep, device_sms: int, solo: Sequence[PrefillPoint] | None = None) -> HybridPlan:
+    """Plan of a hybrid sweep, baselines first: in turn with every backend that some sharing uses.
+
+    Raises InputError as ``sharings``, ``prefill_works`` and ``chosen_backends`` do.
+    """
+    works, ways = prefill_works(config.prefill), sharings(config, device_sms)
+    cells = [(work, b, at) for work in works for at in ways for b in chosen_backends(config, work, at, solo)]
+    in_turn = Sharing("in-turn", device_sms, device_sms)
+    whole = [b for work in works for b in chosen_backends(config, work, in_turn, solo)] if config.work else []
+    used = dict.fromkeys([*whole, *(b for _, b, _ in cells)])
+    totals = [*((b, in_turn) for b in used), *((b, at) for _, b, at in cells)]
+    return HybridPlan(tuple(cells) if config.contention else (), tuple(totals) if config.work else ())
 
 
 @dataclass(frozen=True)

@@ -302,6 +302,10 @@ def read_points(path: Path, cls: type[Point]) -> list[Point]:
             points = [_point(path, reader.line_num, row, names, kinds, cls) for row in reader]
     except FileNotFoundError:
         raise InputError(f"{path}: not found; expected a sweep table") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a sweep table") from None
+    except csv.Error as error:
+        raise InputError(f"{path}: row {reader.line_num}: not CSV ({error}); expected a sweep table") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}); expected a sweep table") from None
     seen: dict[tuple[object, ...], int] = {}
@@ -324,11 +328,12 @@ def _point(path: Path, line: int, row: list[str], names: list[str], kinds: dict[
             values[name] = text
             continue
         try:
-            number = kinds[name](text)
-        except ValueError:
+            number = kinds[name](text.replace("_", "?"))  # Python would read 1_000
+            finite = math.isfinite(number)
+        except (ValueError, OverflowError):
             raise InputError(f"{where}; expected {'an integer' if kinds[name] is int else 'a number'}") from None
         low = 0 if name in ("seq_context", "mean_context") else None
-        if not math.isfinite(number) or number < 0 or (low is None and number == 0):
+        if not finite or number < 0 or (low is None and number == 0):
             raise InputError(f"{where}; expected {'zero or more' if low == 0 else 'more than zero'}")
         values[name] = number
     return cls(**values)
@@ -349,7 +354,8 @@ class TableWriter(Generic[Point]):
             if not resume:
                 raise InputError(f"{path}: exists; expected a new file, or --resume to go on with it")
             self._drop_torn_row()
-            self.points = read_points(path, cls)
+            if path.stat().st_size:  # else the interrupt came before the header was whole
+                self.points = read_points(path, cls)
             self._check_same_work(provenance)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self.points:

@@ -29,14 +29,21 @@ def fake_libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake_cuda(fake_libcuda: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """The fake in force, in its initial state; whatever the test did, it must leave no handle and no misuse."""
+    """The fake in force, in its initial state.
+
+    Whatever the test did, once nothing is idle it must leave no handle, no lost memory and no misuse.
+    """
+    from semipd.partition import release_idle  # here, for the tests that do without the compiled module
+
     monkeypatch.setenv("SEMIPD_LIBCUDA", str(fake_libcuda))
     fake = ctypes.CDLL(str(fake_libcuda))
     fake.fake_failed_call.restype = ctypes.c_char_p
-    fake.fake_calls.restype = ctypes.c_long
+    fake.fake_calls.restype = fake.fake_lost_bytes.restype = ctypes.c_long
+    fake.fake_stream_green.restype = ctypes.c_void_p
     fake.fake_reset()
     yield fake
     fake.fake_fail(ctypes.c_long(0), 0)
+    release_idle()
     live = (fake.fake_live_green(), fake.fake_live_streams(), fake.fake_primary_refs())
     assert live == (0, 0, 0), f"live (green contexts, streams, primary context references): {live}"
-    assert fake.fake_misuse() == 0
+    assert (fake.fake_lost_bytes(), fake.fake_misuse()) == (0, 0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,13 @@ from semipd.core import Allocation, InputError, Mode
 from semipd.partition import (
     CudaError,
     Device,
+    Partition,
     PartitionBank,
     PrimaryContext,
     Split,
     create_split,
     plan_split,
+    release_idle,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +49,17 @@ def granted(requested: int, ignore_coscheduling: bool, total: int = SMS) -> int 
 def live(fake: ctypes.CDLL) -> tuple[int, int, int]:
     """Green contexts, streams and references to the primary context that exist."""
     return fake.fake_live_green(), fake.fake_live_streams(), fake.fake_primary_refs()
+
+
+def left(fake: ctypes.CDLL) -> tuple[int, int, int]:
+    """What is live once no green context is idle."""
+    release_idle()
+    return live(fake)
+
+
+def green_of(fake: ctypes.CDLL, partition: Partition) -> int:
+    """The green context a partition's stream belongs to."""
+    return int(fake.fake_stream_green(ctypes.c_void_p(partition.stream)))
 
 
 def sms_of(fake: ctypes.CDLL, stream: int) -> int:
@@ -85,6 +99,7 @@ def test_every_count_is_rounded_up_or_refused(fake_cuda: ctypes.CDLL, ignore: bo
 def test_a_split_has_what_its_plan_said(
     fake_cuda: ctypes.CDLL, requested: int, ignore: bool, total: int, priorities: tuple[int, int]
 ) -> None:
+    release_idle()  # those of the device of the example before
     fake_cuda.fake_set_architecture(9, total, 0)
     expected = granted(requested, ignore, total)
     if expected is None:
@@ -210,7 +225,9 @@ def test_a_bank_has_every_multiple_and_two_streams_on_the_whole_device(fake_cuda
         assert len(set(streams)) == len(streams) == live(fake_cuda)[0]
         assert bank.memory_bytes == len(streams) << 20  # the fake takes 1 MiB a green context
         assert bank.creation_s > 0
-    assert live(fake_cuda) == (0, 0, 0)
+    with PartitionBank(step_sms=step) as again:
+        assert again.memory_bytes == 0
+    assert left(fake_cuda) == (0, 0, 0)
 
 
 def test_a_bank_of_named_sizes(fake_cuda: ctypes.CDLL) -> None:
@@ -241,7 +258,7 @@ def test_closed_means_closed_and_closing_again_does_nothing(fake_cuda: ctypes.CD
     bank = PartitionBank(step_sms=64)
     split = bank.pick(64)
     bank.close()
-    assert live(fake_cuda) == (0, 0, 0)
+    assert left(fake_cuda) == (0, 0, 0)
     bank.close()
     split.close()
     assert bank.closed
@@ -257,11 +274,148 @@ def test_closed_means_closed_and_closing_again_does_nothing(fake_cuda: ctypes.CD
 def test_partitions_keep_what_they_need_alive(fake_cuda: ctypes.CDLL) -> None:
     prefill = PartitionBank().pick(64).prefill
     gc.collect()
-    assert live(fake_cuda) == (1, 1, 2)
+    assert left(fake_cuda) == (1, 1, 2)
     assert sms_of(fake_cuda, prefill.stream) == 64
     prefill.synchronize()
     del prefill
+    assert left(fake_cuda) == (0, 0, 0)
+
+
+# Green contexts are reused
+
+
+def test_a_thousand_rounds_on_every_size_take_the_memory_of_one_round(fake_cuda: ctypes.CDLL) -> None:
+    keep = PrimaryContext(Device())
+    free = keep.free_bytes
+    sizes = range(2, SMS, 2)
+    for size in sizes:
+        for _ in range(1000):
+            create_split(size, keep, ignore_coscheduling=size % 8 != 0).close()
+    assert (free - keep.free_bytes, fake_cuda.fake_lost_bytes()) == (2 * len(sizes) << 20, 0)
+    del keep
+
+
+KINDS = [(size, ignore) for size in (8, 60, 64) for ignore in (False, True)]
+
+
+@each_example_resets_nothing
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.booleans(), st.integers(0, 99)), max_size=40))
+def test_live_partitions_never_share_a_context_and_there_are_no_more_than_were_ever_live(
+    fake_cuda: ctypes.CDLL, steps: list[tuple[tuple[int, bool], bool, int]]
+) -> None:
+    release_idle()
+    partitions: list[tuple[tuple[int, bool, bool], Partition]] = []  # with size, flag and side
+    most: Counter[tuple[int, bool, bool]] = Counter()
+    for (size, ignore), closes, index in steps:
+        if closes and partitions:
+            partitions.pop(index % len(partitions))[1].close()
+        else:
+            split = create_split(size, 0, ignore)
+            partitions += [((size, ignore, False), split.prefill), ((size, ignore, True), split.decode)]
+        most |= Counter(kind for kind, _ in partitions)
+        assert len({green_of(fake_cuda, part) for _, part in partitions}) == len(partitions)
+        assert live(fake_cuda)[:2] == (most.total(), len(partitions))
+        for (size_of, ignored, rest), part in partitions:
+            group = granted(size_of, ignored)
+            assert group is not None
+            assert sms_of(fake_cuda, part.stream) == part.sms == (SMS - group if rest else group)
+    for _, part in partitions:
+        part.close()
+
+
+def test_a_context_is_not_reused_on_another_device(fake_cuda: ctypes.CDLL) -> None:
+    fake_cuda.fake_set_devices(2)
+    create_split(64, 0).close()
+    with create_split(64, 1):
+        assert fake_cuda.fake_live_green() == 4
+
+
+def test_idle_contexts_keep_the_primary_context_until_they_are_released(fake_cuda: ctypes.CDLL) -> None:
+    context = PrimaryContext(Device())
+    used, idle = create_split(64, context), create_split(64, context)
+    idle.close()
+    assert live(fake_cuda) == (4, 2, 5)
+    release_idle()
+    assert live(fake_cuda) == (2, 2, 3)
+    used.close()
+    release_idle()
+    release_idle()
+    assert fake_cuda.fake_lost_bytes() == 4 << 20  # what destroying costs while the primary context lives
+    create_split(64, context).close()
+    del context
+    assert live(fake_cuda) == (2, 0, 3)
+    release_idle()
     assert live(fake_cuda) == (0, 0, 0)
+    assert fake_cuda.fake_lost_bytes() == 0
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_a_context_whose_work_failed_is_not_reused(
+    fake_cuda: ctypes.CDLL, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    split = create_split(64)
+    prefill, decode = split.prefill, split.decode
+    del split
+    sound, broken = green_of(fake_cuda, prefill), green_of(fake_cuda, decode)
+    prefill.close()
+    fake_cuda.fake_fail(ctypes.c_long(2), 719)  # the wait, after making the context current
+    if how == "close":
+        with pytest.raises(CudaError, match="waiting for the work of a partition of 68 SMs"):
+            decode.close()
+    else:
+        del decode
+        assert "semipd: cuStreamSynchronize failed" in capfd.readouterr().err
+    assert live(fake_cuda)[:2] == (1, 0)
+    with create_split(64) as again:
+        assert green_of(fake_cuda, again.prefill) == sound
+        assert green_of(fake_cuda, again.decode) != broken
+
+
+def test_threads_that_create_close_and_release_never_share_a_context(fake_cuda: ctypes.CDLL) -> None:
+    taken: set[int] = set()
+    shared: list[int] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        for i in range(200):
+            with create_split(64) as split:
+                greens = {green_of(fake_cuda, split.prefill), green_of(fake_cuda, split.decode)}
+                with lock:
+                    shared.extend(taken & greens)
+                    taken.update(greens)
+                with lock:
+                    taken.difference_update(greens)
+            if i % 10 == 0:
+                release_idle()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert shared == []
+    assert live(fake_cuda)[0] <= 8
+    assert left(fake_cuda) == (0, 0, 0)
+
+
+def test_a_process_that_ends_with_idle_contexts_calls_nothing_of_the_driver(fake_libcuda: Path) -> None:
+    program = (
+        "import ctypes, os\n"
+        "from semipd.partition import create_split\n"
+        "create_split(64).close()\n"
+        "fake = ctypes.CDLL(os.environ['SEMIPD_LIBCUDA'])\n"
+        "print(fake.fake_live_green())\n"
+        "fake.fake_forbid_calls()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "SEMIPD_LIBCUDA": str(fake_libcuda)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
 
 
 # Work in flight
@@ -290,7 +444,7 @@ def test_waiting_lets_other_threads_run_and_a_pick_beside_close_raises(fake_cuda
         bank.pick(64)
     assert closing.is_alive()  # so this thread ran while that one waited in the driver
     bank.close()  # returns when the other one has released everything
-    assert live(fake_cuda) == (0, 0, 0)
+    assert left(fake_cuda) == (0, 0, 0)
     closing.join()
 
 
@@ -303,7 +457,7 @@ def test_closing_beside_a_wait_leaves_the_stream_to_the_waiter(fake_cuda: ctypes
     time.sleep(0.1)
     split.close()
     waiting.join()
-    assert live(fake_cuda) == (0, 0, 0)
+    assert left(fake_cuda) == (0, 0, 0)
 
 
 def close_while_used(bank: PartitionBank) -> list[str]:
@@ -335,7 +489,7 @@ def close_while_used(bank: PartitionBank) -> list[str]:
 def test_many_threads_use_and_close_one_bank(fake_cuda: ctypes.CDLL) -> None:
     for _ in range(20):
         assert close_while_used(PartitionBank(step_sms=32)) == []
-        assert live(fake_cuda) == (0, 0, 0)
+        assert live(fake_cuda)[1] == 0
 
 
 # Failures
@@ -345,10 +499,12 @@ def use_everything() -> None:
     device = Device.current()
     assert device.name
     assert device.compute_capability
-    with PartitionBank(step_sms=44) as bank:
-        for split in bank.splits:
-            split.decode.synchronize()
-        bank.whole_high.synchronize()
+    for _ in range(2):  # new green contexts, then idle ones
+        with PartitionBank(step_sms=44) as bank:
+            for split in bank.splits:
+                split.decode.synchronize()
+            bank.whole_high.synchronize()
+    release_idle()
 
 
 def test_whichever_call_fails_it_is_named_and_nothing_is_left(
@@ -371,7 +527,7 @@ def test_whichever_call_fails_it_is_named_and_nothing_is_left(
         else:
             assert failure[:3] == (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", failed)
             assert "out of memory; free device memory or create fewer splits" in failure[3]
-        assert live(fake_cuda) == (0, 0, 0), failed
+        assert left(fake_cuda) == (0, 0, 0), failed
         assert fake_cuda.fake_misuse() == 0, failed
         assert fake_cuda.fake_context_depth() == 0, failed
 
@@ -382,7 +538,7 @@ def test_what_work_did_wrong_is_raised_by_close_after_everything_is_released(fak
     with pytest.raises(CudaError, match="waiting for the work of a partition of 132 SMs") as fault:
         bank.close()
     assert (fault.value.code, fault.value.call) == (719, "cuStreamSynchronize")
-    assert live(fake_cuda) == (0, 0, 0)
+    assert left(fake_cuda) == (0, 0, 0)
 
 
 def test_a_context_outlives_the_device_object_it_came_from(fake_cuda: ctypes.CDLL) -> None:
@@ -390,7 +546,7 @@ def test_a_context_outlives_the_device_object_it_came_from(fake_cuda: ctypes.CDL
     with create_split(64, context) as split:
         assert isinstance(split, Split)
         assert live(fake_cuda) == (2, 2, 3)
-    assert live(fake_cuda) == (0, 0, 1)
+    assert left(fake_cuda) == (0, 0, 1)
     del context
 
 
@@ -422,7 +578,7 @@ def test_the_sanitizers_find_nothing(fake_libcuda: Path, tmp_path: Path) -> None
     warnings = ["-Wall", "-Wextra", "-Werror"]
     include = [f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_include())]
     built = subprocess.run(
-        [compiler, *sanitize, *warnings, *include, *map(str, sources), "-o", str(program), "-ldl"],
+        [compiler, *sanitize, *warnings, *include, *map(str, sources), "-o", str(program), "-ldl", "-pthread"],
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,8 @@
 // The partitioner's C++ under AddressSanitizer and UBSan, against the fake driver that SEMIPD_LIBCUDA names.
 #include <cstdio>
 #include <cstdlib>
-#include <optional>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "green_context.hpp"
@@ -37,34 +38,30 @@ void make_busy(const Partition& partition) {
 }
 
 void require_nothing_left() {
+    semipd::release_idle();
     REQUIRE(read("fake_live_green") == 0);
     REQUIRE(read("fake_live_streams") == 0);
     REQUIRE(read("fake_primary_refs") == 0);
     REQUIRE(read("fake_context_depth") == 0);
 }
 
-// Everything the library does, with what it hands out moved about as a caller may.
+// Everything the library does, with what it hands out moved about as a caller may; the second time with idle
+// green contexts.
 void live() {
     const Device device(0);
     REQUIRE(device.plan(60, false).granted == 64);
-    std::vector<Partition> kept;
+    std::vector<std::unique_ptr<Partition>> kept;
     {
         const auto context = std::make_shared<const PrimaryContext>(device);
         REQUIRE(context->free_bytes() > 0);
         for (const int sms : {8, 60, 128}) {
             auto split = semipd::create_split(context, sms, false, -1, 0);
-            kept.push_back(std::move(split.first));  // reallocates: moves those before it
-            Partition remaining = std::move(split.second);
-            REQUIRE(kept.back().sms() + remaining.sms() == 132);
-            REQUIRE(split.second.stream() == nullptr);
+            kept.push_back(std::move(split.first));
+            REQUIRE(kept.back()->sms() + split.second->sms() == 132);
         }
-        kept.emplace_back(context, -5);
+        kept.push_back(std::make_unique<Partition>(context, -5));
     }
-    for (const Partition& partition : kept) partition.synchronize();  // their context is theirs alone now
-    std::optional<Partition> last(std::move(kept.back()));
-    kept.pop_back();
-    last.reset();
-    last.reset();
+    for (const auto& partition : kept) partition->synchronize();  // their context is theirs alone now
 }
 
 void every_failure_releases_everything() {
@@ -74,13 +71,14 @@ void every_failure_releases_everything() {
         fail(call);
         try {
             live();
+            live();
         } catch (const CudaError& error) {
             REQUIRE(error.code() == CUDA_ERROR_OUT_OF_MEMORY);
             REQUIRE(error.name() == "CUDA_ERROR_OUT_OF_MEMORY");
             ++refused;
         }
-        reached = reinterpret_cast<long (*)()>(fake("fake_calls"))() >= call;
         require_nothing_left();
+        reached = reinterpret_cast<long (*)()>(fake("fake_calls"))() >= call;
         REQUIRE(read("fake_misuse") == 0);
     }
     fail(0);
@@ -91,8 +89,22 @@ void every_failure_releases_everything() {
 void destroying_waits_for_work() {
     const auto context = std::make_shared<const PrimaryContext>(Device(0));
     auto split = semipd::create_split(context, 64, true, 0, 0);
-    make_busy(split.first);
-    make_busy(split.second);
+    make_busy(*split.first);
+    make_busy(*split.second);
+}
+
+void threads_share_the_idle_contexts() {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; ++i)
+        threads.emplace_back([] {
+            const auto context = std::make_shared<const PrimaryContext>(Device(0));
+            for (int round = 0; round < 500; ++round) {
+                semipd::create_split(context, 64, false, 0, 0);
+                if (round % 10 == 0) semipd::release_idle();
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    REQUIRE(read("fake_live_green") <= 8);
 }
 
 void what_cannot_be_is_refused() {
@@ -125,8 +137,12 @@ int main() {
     every_failure_releases_everything();
     destroying_waits_for_work();
     REQUIRE(read("fake_waited") == 2);
+    threads_share_the_idle_contexts();
     what_cannot_be_is_refused();
     require_nothing_left();
     REQUIRE(read("fake_misuse") == 0);
-    return 0;
+    live();
+    REQUIRE(read("fake_live_green") > 0);
+    reinterpret_cast<void (*)()>(fake("fake_forbid_calls"))();
+    return 0;  // with green contexts idle
 }

@@ -1,6 +1,7 @@
 /* A small libcuda for tests: one device with Hopper's rules for splitting SMs, every handle counted, every
- * call able to fail. Written from the driver's documented interface, without cuda.h, so that it checks what
- * semipd passes.
+ * call able to fail, and the memory of a destroyed green context lost until the primary context goes, as
+ * measured with driver 580. Written from the driver's documented interface, without cuda.h, so that it checks
+ * what semipd passes.
  *
  * fake_* functions steer it and read it. Misuse that a real driver answers with undefined behaviour (a green
  * context destroyed before its streams, a stream destroyed while busy, a handle used after its end) is
@@ -27,6 +28,7 @@ enum {
 
 enum { SM_RESOURCE = 1, STREAM_NON_BLOCKING = 1, GREEN_DEFAULT_STREAM = 1, IGNORE_COSCHEDULING = 1 };
 enum { MAGIC_GREEN = 0x67, MAGIC_STREAM = 0x73, MAX_DESCRIPTIONS = 4096, MAX_DEPTH = 64 };
+enum { GREEN_BYTES = 1 << 20 };
 
 typedef struct {
     int type;
@@ -48,7 +50,8 @@ typedef struct {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int device_count = 1, driver_version = 13000, sms = 132, major = 9, refuse_small = 0;
 static long calls, fail_at, fail_code;
-static int live_green, live_streams, primary_refs, misuse, waited, wait_ms;
+static long lost_bytes;
+static int live_green, live_streams, primary_refs, misuse, waited, wait_ms, forbidden;
 static char failed_call[64];
 static Resource described[MAX_DESCRIPTIONS];
 static int descriptions;
@@ -65,6 +68,7 @@ static int next_green, next_stream;
 /* Counts the call; says whether it is the one that has to fail. */
 static int fails(const char* name) {
     pthread_mutex_lock(&lock);
+    if (forbidden) fprintf(stderr, "%s called after fake_forbid_calls\n", name), abort();
     int now = ++calls == fail_at;
     if (now) snprintf(failed_call, sizeof failed_call, "%s", name);
     pthread_mutex_unlock(&lock);
@@ -89,6 +93,8 @@ void fake_reset(void) {
     failed_call[0] = 0;
 }
 void fake_fail(long call, int code) { calls = 0, fail_at = call, fail_code = code; }
+/* Ends the process at the next call. */
+void fake_forbid_calls(void) { forbidden = 1; }
 void fake_set_devices(int count) { device_count = count; }
 void fake_set_driver_version(int version) { driver_version = version; }
 void fake_set_architecture(int compute_major, int sm_count, int refuse) {
@@ -102,9 +108,11 @@ const char* fake_failed_call(void) { return failed_call; }
 int fake_live_green(void) { return live_green; }
 int fake_live_streams(void) { return live_streams; }
 int fake_primary_refs(void) { return primary_refs; }
+long fake_lost_bytes(void) { return lost_bytes; }
 int fake_misuse(void) { return misuse; }
 int fake_waited(void) { return waited; }
 int fake_context_depth(void) { return depth; }
+void* fake_stream_green(void* stream) { return ((Stream*)stream)->green; }
 int fake_stream_priority(void* stream) { return ((Stream*)stream)->priority; }
 int fake_stream_sms(void* stream) {
     Stream* s = stream;
@@ -232,6 +240,7 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 static int release_primary(void) {
     pthread_mutex_lock(&lock);
     int below = --primary_refs < 0;
+    if (primary_refs == 0) lost_bytes = 0;
     pthread_mutex_unlock(&lock);
     return below ? misused(INVALID_CONTEXT) : SUCCESS;
 }
@@ -277,7 +286,7 @@ int cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
     CALL();
     if (depth == 0) return INVALID_CONTEXT;
     *total = (size_t)1 << 36;
-    *free_bytes = *total - ((size_t)live_green << 20);
+    *free_bytes = *total - (size_t)live_green * GREEN_BYTES - (size_t)lost_bytes;
     return SUCCESS;
 }
 
@@ -303,7 +312,7 @@ int cuGreenCtxDestroy(void* green) {
     if (g->magic != MAGIC_GREEN || g->streams) return misused(INVALID_CONTEXT);
     pthread_mutex_lock(&lock);
     g->magic = 0;
-    live_green--;
+    live_green--, lost_bytes += GREEN_BYTES;
     pthread_mutex_unlock(&lock);
     int result = release_primary();
     return failed ? (int)fail_code : result;

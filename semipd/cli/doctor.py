@@ -1,0 +1,130 @@
+"""``semipd doctor``: what this machine offers, what will run on it, and why the rest will not."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import count
+from typing import Annotated
+
+import typer
+
+from semipd.cli.session import show, show_json
+
+PACKAGES = ("semipd", "numpy", "simpy", "torch", "flashinfer-python", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device, and the SM counts that its splits can have: from ``minimum`` in steps of ``multiple``.
+
+    The ``fine`` ones cost thread-block clusters.
+    """
+
+    index: int
+    name: str
+    compute_capability: str
+    sms: int
+    minimum: int
+    multiple: int
+    fine_minimum: int
+    fine_multiple: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of semipd: whether it will run here, and if not, why and what to do."""
+
+    name: str
+    runs: bool
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the machine offers. ``driver`` is the CUDA version of its driver, None without a usable one."""
+
+    python: str
+    driver: str | None
+    devices: tuple[Gpu, ...]
+    packages: dict[str, str | None]
+    parts: tuple[Part, ...]
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Say what this machine offers, what will run on it, and why the rest will not."""
+    from semipd.report.tables import plain_table
+
+    found = examine()
+    if as_json:
+        show_json(asdict(found))
+        return
+    show(plain_table("Part of semipd", [(p.name, "runs" if p.runs else p.why_not) for p in found.parts]))
+    here = [("python", found.python), ("CUDA driver", found.driver or "none")]
+    here += [(f"GPU {d.index}", _described(d)) for d in found.devices]
+    here += [(name, version or "not installed") for name, version in found.packages.items()]
+    show(plain_table("Here", here))
+
+
+def examine() -> Findings:
+    """Look at this machine; nothing is created on a GPU, and torch is not imported."""
+    packages = {name: _version(name) for name in PACKAGES}
+    driver, devices, no_gpu = _gpus()
+    extra = [name for name in ("torch", "flashinfer-python") if packages[name] is None]
+    if extra:
+        no_kernels = f"{' and '.join(extra)} not installed: pip install 'semipd[gpu]'"
+    elif "+cpu" in (packages["torch"] or ""):
+        no_kernels = f"torch {packages['torch']} is built without CUDA: install a CUDA build of it"
+    else:
+        no_kernels = ""
+    no_compiler = "" if shutil.which("nvcc") else "no nvcc on PATH: flashinfer can use only kernels built before"
+    no_plots = "" if packages["matplotlib"] else "matplotlib not installed: pip install 'semipd[plot]'"
+    parts = (
+        _part("simulate: trace, replay, compare", ""),
+        _part("partition the SMs", no_gpu),
+        _part("measure: sweep", "; ".join(filter(None, (no_gpu, no_kernels)))),
+        _part("compile attention kernels", "; ".join(filter(None, (no_kernels, no_compiler)))),
+        _part("plot", no_plots),
+    )
+    return Findings(platform.python_version(), driver, devices, packages, parts)
+
+
+def _part(name: str, why_not: str) -> Part:
+    return Part(name, not why_not, why_not)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[str | None, tuple[Gpu, ...], str]:
+    """The driver's CUDA version, the devices that can be split, and why there is none."""
+    try:
+        from semipd.partition import CudaError, Device
+    except ImportError as error:
+        return None, (), f"the compiled module does not load ({error}): pip install semipd again"
+    driver: str | None = None
+    devices: list[Gpu] = []
+    for index in count():
+        try:
+            device = Device(index)
+            driver = f"{device.driver_version // 1000}.{device.driver_version % 1000 // 10}"
+            coarse, fine = device.resource(), device.resource(ignore_coscheduling=True)
+        except CudaError as error:
+            return driver, tuple(devices), "" if devices else str(error)
+        major, minor = device.compute_capability
+        sizes = (coarse.count, coarse.minimum, coarse.multiple, fine.minimum, fine.multiple)
+        devices.append(Gpu(index, device.name, f"{major}.{minor}", *sizes))
+    raise AssertionError("count() never ends")
+
+
+def _described(gpu: Gpu) -> str:
+    return (
+        f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.sms} SMs, splits of {gpu.minimum} or more in "
+        f"steps of {gpu.multiple} ({gpu.fine_minimum} in steps of {gpu.fine_multiple} without clusters)"
+    )

@@ -1,0 +1,122 @@
+"""Profiles: what one model costs on one device, as a folder of measured tables (docs/profiles.md)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from semipd.core import InputError
+from semipd.cost import TableCost
+from semipd.sweep import DecodePoint, HybridPoint, Point, PrefillPoint, SweepTable, read_table
+
+Name = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileHeader:
+    """What profile.json says.
+
+    ``layers`` is how many layers the model has; the tables hold one layer's times. ``kv_bytes_per_token`` counts all
+    layers. The KV cache gets what ``weights_bytes`` leave of ``device_memory_bytes``.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    name: Name
+    description: str
+    device: Name
+    device_sms: Positive
+    layers: Positive
+    kv_bytes_per_token: Positive
+    device_memory_bytes: Positive
+    weights_bytes: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(ProfileHeader):
+    """A profile: its header, where it lies and its three tables."""
+
+    folder: Path
+    prefill: SweepTable[PrefillPoint]
+    decode: SweepTable[DecodePoint]
+    hybrid: SweepTable[HybridPoint]
+
+    def cost(self) -> TableCost:
+        """Cost model of these tables. Raises InputError when a partition or a point of a grid is missing."""
+        return TableCost(
+            self.prefill.points,
+            self.decode.points,
+            self.hybrid.points,
+            device_sms=self.device_sms,
+            layers=self.layers,
+            source=str(self.folder),
+        )
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """Folders of the profiles that come with the package, by name (``h200/gqa-64-8-128``)."""
+    root = Path(__file__).resolve().parent / "profiles"
+    folders = sorted(path.parent for path in root.glob("*/*/profile.json"))
+    return {folder.relative_to(root).as_posix(): folder for folder in folders}
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Read and check a profile: a shipped one by its name, else a folder.
+
+    Raises InputError naming file, row and field of whatever is missing or malformed; an unknown name lists the
+    shipped profiles.
+    """
+    shipped = shipped_profiles()
+    folder = shipped.get(str(name), Path(name))
+    if not folder.is_dir():
+        raise InputError(
+            f"profile: found {str(name)!r}; expected a folder or one of {', '.join(shipped) or 'none shipped'}"
+        )
+    header = _header(folder / "profile.json")
+    prefill = _table(folder / "prefill.csv", PrefillPoint, header, ("sms",))
+    decode = _table(folder / "decode.csv", DecodePoint, header, ("sms",))
+    hybrid = _table(folder / "hybrid.csv", HybridPoint, header, ("prefill_sms", "decode_sms"))
+    for row, point in enumerate(hybrid.points, 2):
+        both = point.prefill_sms + point.decode_sms
+        if point.mode == "split" and both > header.device_sms:
+            raise InputError(
+                f"{folder / 'hybrid.csv'}: row {row}: prefill_sms + decode_sms: found {both}; expected at most the "
+                f"device's {header.device_sms}"
+            )
+    return Profile(**asdict(header), folder=folder, prefill=prefill, decode=decode, hybrid=hybrid)
+
+
+def _header(path: Path) -> ProfileHeader:
+    try:
+        return TypeAdapter(ProfileHeader).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; expected the profile's description") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "json_invalid":
+            raise InputError(f"{path}: not JSON ({first['ctx']['error']}); expected an object") from None
+        if first["type"] == "missing":
+            raise InputError(f"{path}: {field}: missing; expected a value") from None
+        if first["type"] == "unexpected_keyword_argument":
+            names = ", ".join(ProfileHeader.__dataclass_fields__)
+            raise InputError(f"{path}: {field}: unknown; expected only {names}") from None
+        expected = first["msg"].replace("Input should", "expected to")
+        raise InputError(f"{path}: {field or 'the whole'}: found {first['input']!r}; {expected}") from None
+
+
+def _table(path: Path, cls: type[Point], header: ProfileHeader, sizes: tuple[str, ...]) -> SweepTable[Point]:
+    """A table whose partitions fit the device that the header names."""
+    table = read_table(path, cls)
+    for row, point in enumerate(table.points, 2):
+        for field in sizes:
+            if getattr(point, field) > header.device_sms:
+                raise InputError(
+                    f"{path}: row {row}: {field}: found {getattr(point, field)}; expected at most the device's "
+                    f"{header.device_sms}"
+                )
+    return table

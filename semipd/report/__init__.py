@@ -1,0 +1,1 @@
+"""Results for people: tables of measured points and of replays."""

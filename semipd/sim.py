@@ -1,0 +1,345 @@
+"""Simulated execution: runs take the time that a cost model says, in virtual time.
+
+A run costs a few vectorised operations when it starts and when it is re-timed, however many steps it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+import numpy as np
+import simpy
+
+from semipd.core import DecodeShape, FloatArray, Mode, Phase, PrefillShape, Run, StepRecord
+from semipd.cost import CostModel
+
+Own = TypeVar("Own")
+Other = TypeVar("Other")
+
+NONE: FloatArray = np.empty(0)
+
+
+class SimExecutor:
+    """An ``Executor`` in virtual time that starts at 0, on simpy.
+
+    **Steps.** A prefill step is one layer and costs ``cost.prefill_s``; all steps of a run cost the same. Step i
+    (from 0) of a decode run reads ``sum(context_lens) + batch * (i + 1)`` KV tokens: what is cached, with the
+    token that each sequence processes in this step, which attends to itself. A decode run ends with the
+    first step that gives a sequence its last token. A sequence of n cached tokens has n - prompt_len + 1 tokens of
+    output. A prefill run gives its ``emits`` their token when all ``max_steps`` layers are done.
+
+    **Contention.** A step has its solo price while no run of the other phase is in flight, and the price beside the
+    other's batch while one is. When that changes within a step, the share of its work that is left goes on
+    at the new price (processor sharing in the fluid limit).
+
+    **The other's batch** grows while it decodes; a step is priced beside what it was when it was last looked at. That
+    is when a run of either phase starts that is not the plain continuation of its predecessor: launched at
+    the moment at which that one ended, at the same allocation, with the same requests where they then were. So many
+    short runs take exactly the time of a long one (law 10). All that is launched at one moment is seen together; a
+    run that is replaced at the moment at which it ends was never absent.
+
+    **Yielding** ends a run at its first boundary from now on, and that is now when it is at a boundary, other than its
+    start: a run always does a step. ``steps_done`` counts a boundary at this very moment as reached.
+
+    **Look-ups** are counted by the steps that were worked on at a price; a step that was re-timed counts for each.
+
+    In ``EXCLUSIVE`` mode one phase at a time has the device: ``launch`` refuses a second run.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._env = simpy.Environment()
+        # simpy adds delays to its clock, which rounds. It orders the events; each carries its exact time.
+        self._now_s = 0.0
+        self._alarm_s = 0.0
+        self._prefill: PrefillFlight | None = None
+        self._decode: DecodeFlight | None = None
+        self._last: dict[Phase, StepRecord] = {}
+        self._seen_prefill: PrefillShape | None = None
+        self._seen_decode: DecodeShape | None = None
+        self._look = False  # something new was launched at this moment
+        self._changed = False  # something was launched, asked to yield or has ended at this moment
+
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self._now_s
+
+    def launch(self, run: Run) -> None:
+        """Start a run now.
+
+        Raises ValueError when a run of the same phase is in flight, one of another allocation, or in ``EXCLUSIVE``
+        any other; and for a run without requests or steps or with a sequence that has all its output.
+        """
+        for other in self._flights():
+            if other.run.phase is run.phase:
+                raise ValueError(f"{run.phase.value} run {run.id}: run {other.run.id} of this phase is in flight")
+            if other.run.allocation != run.allocation:
+                raise ValueError(
+                    f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.run.id} is in flight at "
+                    f"{other.run.allocation.name}; expected the same allocation"
+                )
+            if run.allocation.mode is Mode.EXCLUSIVE:
+                raise ValueError(f"{run.phase.value} run {run.id}: run {other.run.id} has the whole device")
+        if not run.requests or run.max_steps < 1:
+            raise ValueError(
+                f"{run.phase.value} run {run.id}: {len(run.requests)} requests, {run.max_steps} steps; "
+                "expected at least 1 of each"
+            )
+        flight: PrefillFlight | DecodeFlight
+        if run.phase is Phase.PREFILL:
+            flight = self._prefill = PrefillFlight(run, self._now_s)
+        else:
+            flight = self._decode = DecodeFlight(run, self._now_s)
+        last = self._last.get(run.phase)
+        self._look = self._look or last is None or not flight.continues(last)
+        self._changed = True
+
+    def yield_(self, run_id: int) -> None:
+        """Ask the run to end at its first boundary from now on; no effect on a run that has ended."""
+        for flight in self._flights():
+            if flight.run.id == run_id:
+                flight.stop(self._now_s)
+                self._changed = True
+
+    def steps_done(self, run_id: int) -> int:
+        """Steps that a run in flight has completed by now. Raises KeyError for a run that is not in flight."""
+        for flight in self._flights():
+            if flight.run.id == run_id:
+                return flight.steps_done(self._now_s)
+        raise KeyError(f"run {run_id} is not in flight")
+
+    def wait(self, until_s: float | None) -> list[StepRecord]:
+        """Go on until a run ends or ``until_s`` is reached; see ``Executor.wait``.
+
+        Runs that end at the same moment are returned together, prefill first, and so are those that end at
+        ``until_s``. A time that has passed returns what has ended by now.
+
+        Raises KeyError when the cost model has no price for a run, and RuntimeError when nothing is in flight and
+        ``until_s`` is None.
+        """
+        if until_s is None and not self._flights():
+            raise RuntimeError("nothing is in flight and no time is given: this would wait for ever")
+        ended = self._collect()
+        if ended or (until_s is not None and until_s <= self._now_s):
+            return ended
+        if self._changed:
+            self._settle()
+        if until_s is not None and until_s != self._alarm_s:
+            self._alarm_s = until_s
+            self._wake(until_s)
+        while True:
+            ended = self._collect()
+            if ended or (until_s is not None and until_s <= self._now_s):
+                return ended
+            self._env.step()
+
+    def _flights(self) -> list[PrefillFlight | DecodeFlight]:
+        return [flight for flight in (self._prefill, self._decode) if flight is not None]
+
+    def _collect(self) -> list[StepRecord]:
+        """The records of the runs that have ended, which are no longer in flight then."""
+        ended = [flight.record(self._cost) for flight in self._flights() if flight.end_s <= self._now_s]
+        for record in ended:
+            self._last[record.run.phase] = record
+            if record.run.phase is Phase.PREFILL:
+                self._prefill = None
+            else:
+                self._decode = None
+            self._changed = True
+        return ended
+
+    def _settle(self) -> None:
+        """Price what is in flight, now that all that happens at this moment is known."""
+        prefill, decode = self._prefill, self._decode
+        if self._look:
+            self._seen_prefill = prefill.shape if prefill else None
+            self._seen_decode = decode.shape(decode.steps_done(self._now_s)) if decode else None
+        if prefill:
+            prefill.go_on(self._now_s, self._cost, self._seen_decode if decode else None)
+            self._wake(prefill.end_s)
+        if decode:
+            decode.go_on(self._now_s, self._cost, self._seen_prefill if prefill else None)
+            self._wake(decode.end_s)
+        self._look = self._changed = False
+
+    def _wake(self, at_s: float) -> None:
+        """Have the clock stop at this time. There is no need to cancel this: a stop too many changes nothing."""
+        event = self._env.timeout(max(at_s - self._env.now, 0.0), at_s)
+        event.callbacks.append(self._tick)
+
+    def _tick(self, event: simpy.Event) -> None:
+        self._now_s = max(self._now_s, event.value)
+
+
+class Flight(ABC, Generic[Other]):
+    """A run in flight: the boundaries it has reached, and when it will reach the others at the present prices.
+
+    A *stretch* is a time over which prices hold; it may start within a step.
+    """
+
+    def __init__(self, run: Run, now_s: float, steps: int) -> None:
+        self.run = run
+        self.end_s = float("inf")  # not priced yet
+        self._start_s = now_s
+        self._steps = steps  # at which the run ends
+        self._past: list[FloatArray] = []  # boundaries in earlier stretches
+        self._done = 0  # how many these are
+        self._last_s = now_s  # the last of them
+        self._stretch_s = now_s
+        self._rest = 1.0  # share of the stretch's first step that is still to do
+        self._seconds = NONE  # what each step of the stretch takes as a whole
+        self._ends = NONE  # boundaries of the stretch
+        self._outside = 0  # look-ups of _seconds that are outside the measured grid
+        self._beside: Other | None = None
+        self._lookups = 0
+        self._extrapolated = 0
+
+    @abstractmethod
+    def continues(self, last: StepRecord) -> bool:
+        """Whether this run plainly goes on with what that one did."""
+
+    @abstractmethod
+    def price(self, cost: CostModel, first: int, steps: int, beside: Other | None) -> tuple[FloatArray, int]:
+        """Seconds of so many steps from ``first`` on, and how many of these look-ups are outside the grid."""
+
+    @abstractmethod
+    def finished(self, steps: int) -> tuple[int, ...]:
+        """Ids of the requests that have their last token after so many steps."""
+
+    def steps_done(self, now_s: float) -> int:
+        """Boundaries reached by now, one at this moment included."""
+        return self._done + int(self._ends.searchsorted(now_s, side="right"))
+
+    def go_on(self, now_s: float, cost: CostModel, beside: Other | None) -> None:
+        """Have what is left priced beside this from now on."""
+        if len(self._seconds) and beside == self._beside:
+            return
+        self._close(now_s, cost)
+        self._beside = beside
+        self._seconds, self._outside = self.price(cost, self._done, self._steps - self._done, beside)
+        times = np.empty(len(self._seconds) + 1)
+        times[0] = now_s
+        times[1:] = self._seconds
+        times[1] *= self._rest
+        # Added up one by one, as runs of single steps would be: equal to the last bit.
+        self._ends = times.cumsum()[1:]
+        self.end_s = float(self._ends[-1])
+
+    def stop(self, now_s: float) -> None:
+        """End at the first boundary from now on."""
+        if self._done and self._last_s == now_s:
+            steps = self._done
+        else:
+            steps = self._done + int(self._ends.searchsorted(now_s, side="left")) + 1
+        if steps >= self._steps:
+            return
+        self._steps = steps
+        if len(self._seconds):
+            self._ends = self._ends[: steps - self._done]
+            self.end_s = float(self._ends[-1]) if len(self._ends) else self._last_s
+
+    def record(self, cost: CostModel) -> StepRecord:
+        """What the run did; it has ended."""
+        self._count(cost, len(self._ends))
+        ends_s = np.concatenate([*self._past, self._ends]) if self._past else self._ends
+        finished = self.finished(self._steps)
+        return StepRecord(self.run, self._start_s, ends_s, finished, self._lookups, self._extrapolated)
+
+    def _close(self, now_s: float, cost: CostModel) -> None:
+        """Leave the present stretch; nothing to do in one that has only begun."""
+        if now_s == self._stretch_s:
+            return
+        done = int(self._ends.searchsorted(now_s, side="right"))
+        reached = self._ends[:done]
+        if done:
+            self._last_s = float(reached[-1])
+        within = now_s > self._last_s
+        self._rest = float((self._ends[done] - now_s) / self._seconds[done]) if within else 1.0
+        self._count(cost, done + within)
+        self._past.append(reached)
+        self._done += done
+        self._stretch_s = now_s
+
+    def _count(self, cost: CostModel, steps: int) -> None:
+        """Count the look-ups of the stretch's first steps, which were worked on."""
+        self._lookups += steps
+        if steps == len(self._seconds) or not self._outside:
+            self._extrapolated += self._outside
+        elif steps:
+            self._extrapolated += self.price(cost, self._done, steps, self._beside)[1]
+
+
+class PrefillFlight(Flight[DecodeShape]):
+    """Layers of one batch."""
+
+    def __init__(self, run: Run, now_s: float) -> None:
+        super().__init__(run, now_s, run.max_steps)
+        self.shape = run.prefill_shape
+
+    def continues(self, last: StepRecord) -> bool:
+        """The same batch, at the moment at which it was stopped between two layers."""
+        run, before = self.run, last.run
+        return (
+            last.end_s == self._start_s
+            and run.allocation == before.allocation
+            and run.requests == before.requests
+            and run.context_lens == before.context_lens
+            and run.new_tokens == before.new_tokens
+        )
+
+    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[FloatArray, int]:
+        """The same for every layer."""
+        del first
+        seconds, outside = cost.prefill_s(self.shape, self.run.allocation, beside)
+        return np.full(steps, seconds), steps * outside
+
+    def finished(self, steps: int) -> tuple[int, ...]:
+        """Requests whose prompt is complete and whose output is with one token more."""
+        run = self.run
+        if steps < run.max_steps:
+            return ()
+        batch = zip(run.requests, run.new_tokens, run.context_lens, run.emits, strict=True)
+        return tuple([r.id for r, new, n, emits in batch if emits and n + new >= r.prompt_len + r.output_len - 1])
+
+
+class DecodeFlight(Flight[PrefillShape]):
+    """Steps of one batch, up to the first that gives a sequence its last token."""
+
+    def __init__(self, run: Run, now_s: float) -> None:
+        # Output to come: a sequence of n cached tokens has had n - prompt_len + 1 tokens of it.
+        batch = zip(run.requests, run.context_lens, strict=True)
+        self._left = [r.prompt_len + r.output_len - 1 - cached for r, cached in batch]
+        self._first_finish = min(self._left)
+        if self._first_finish < 1:
+            done = run.requests[self._left.index(self._first_finish)]
+            raise ValueError(f"decode run {run.id}: request {done.id} has all its {done.output_len} tokens of output")
+        super().__init__(run, now_s, min(run.max_steps, self._first_finish))
+        self._batch = len(run.requests)
+        self._cached = sum(run.context_lens)
+
+    def continues(self, last: StepRecord) -> bool:
+        """The same sequences with the tokens they had when the last run ended, at that moment."""
+        run, before = self.run, last.run
+        return (
+            last.end_s == self._start_s
+            and run.allocation == before.allocation
+            and run.requests == before.requests
+            and self._cached == sum(before.context_lens) + self._batch * last.steps
+        )
+
+    def shape(self, step: int) -> DecodeShape:
+        """The batch in a step, counted from 0."""
+        return DecodeShape(self._batch, self._cached + self._batch * (step + 1))
+
+    def price(self, cost: CostModel, first: int, steps: int, beside: PrefillShape | None) -> tuple[FloatArray, int]:
+        """Each step reads one token more of every sequence."""
+        start = self._cached + self._batch * (first + 1)
+        kv_tokens = np.arange(start, start + self._batch * steps, self._batch)
+        return cost.decode_s(self._batch, kv_tokens, self.run.allocation, beside)
+
+    def finished(self, steps: int) -> tuple[int, ...]:
+        """Requests whose last token comes with that step."""
+        if steps < self._first_finish:
+            return ()
+        return tuple([r.id for r, n in zip(self.run.requests, self._left, strict=True) if n == steps])

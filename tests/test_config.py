@@ -1,0 +1,172 @@
+"""Configuration files: what is read, what is refused and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semipd.config import (
+    SLOS,
+    CompareConfig,
+    DecodeGrid,
+    HybridSweep,
+    PrefillGrid,
+    PrefillSweep,
+    ReplayConfig,
+    SloConfig,
+    build,
+    load,
+    read_yaml,
+    slo_of,
+)
+from semipd.core import InputError
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(data: dict[str, object], schema: type = ReplayConfig, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(InputError) as refused:
+        build(data, schema, "c.yaml", overrides)
+    text = str(refused.value)
+    assert "\n" not in text
+    return text
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load(written(tmp_path, ""), ReplayConfig) == ReplayConfig()
+
+
+def test_a_file_and_overrides_reach_nested_fields_in_that_order(tmp_path: Path) -> None:
+    path = written(tmp_path, "trace: {rate_scale: 2.0, limit: 7}\npolicy: static-64\n")
+    config = load(path, ReplayConfig, ("trace.rate_scale=3", "trace.rate_scale=4.5", "slo={ttft_s: 1, tpot_s: 0.1}"))
+    assert (config.trace.rate_scale, config.trace.limit, config.policy) == (4.5, 7, "static-64")
+    assert config.slo == SloConfig(ttft_s=1, tpot_s=0.1)
+
+
+@given(
+    st.integers(1, 10**6),
+    st.floats(min_value=1e-6, max_value=1e6, allow_nan=False),
+    st.sampled_from(["adaptive", "exclusive", "static-64"]),
+)
+def test_a_configuration_survives_being_saved_and_read_again(seqs: int, scale: float, policy: str) -> None:
+    data = {"policy": policy, "scheduler": {"max_num_seqs": seqs}, "trace": {"rate_scale": scale}}
+    config = build(data, ReplayConfig, "c.yaml")
+    assert build(config.model_dump(mode="json"), ReplayConfig, "again") == config
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"trace": {"limit": 0}}, "c.yaml: trace.limit: found 0; expected greater than 0"),
+        ({"seed": -1}, "c.yaml: seed: found -1; expected greater than or equal to 0"),
+        ({"trace": {"rate_scale": float("inf")}}, "c.yaml: trace.rate_scale: found inf; expected a finite number"),
+        ({"trace": {"paht": "x"}}, "c.yaml: trace.paht: unknown; expected one of format, limit, path, rate_scale"),
+        ({"trace": {"format": "csv"}}, "c.yaml: trace.format: found 'csv'; expected 'azure-csv' or 'mooncake-jsonl'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[str, object], line: str) -> None:
+    assert refusal(data).startswith(line)
+
+
+def test_an_unknown_field_on_top_is_answered_with_the_known_ones() -> None:
+    assert refusal({"sead": 1}) == (
+        "c.yaml: sead: unknown; expected one of policy, profile, scheduler, seed, slo, trace"
+    )
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    assert len(refusal({"seed": "x" * 10_000})) < 200
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("policy", "--set policy: expected NAME=VALUE"),
+        ("=3", "--set =3: expected NAME=VALUE"),
+        ("policy.name=x", "--set policy.name=x: policy is 'adaptive'; expected a mapping"),
+        ("trace.limit=[1", "--set trace.limit=[1: the value is not YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_named(override: str, line: str) -> None:
+    assert refusal({"policy": "adaptive"}, overrides=(override,)).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"a: [1\nb: 2\n", "c.yaml: row 2: not YAML"),
+        (b"- 1\n- 2\n", "c.yaml: found list; expected a mapping"),
+        (b"a: \xff\n", "c.yaml: cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes, line: str) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        read_yaml(tmp_path / "c.yaml")
+    assert str(refused.value).removeprefix(f"{tmp_path}/").startswith(line)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: not found; expected a YAML file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("schema", "data"),
+    [
+        (PrefillGrid, {}),
+        (PrefillGrid, {"seqs": 4}),
+        (PrefillGrid, {"tokens": [16]}),
+        (PrefillGrid, {"seqs": 4, "seq_tokens": 16, "tokens": [16], "mean_context": [8]}),
+        (PrefillGrid, {"seqs": 4, "seq_tokens": 16, "tokens": [16]}),
+        (PrefillGrid, {"tokens": [16], "mean_context": [8], "seq_context": 5}),
+        (DecodeGrid, {"batch": 4}),
+        (DecodeGrid, {"batch": 4, "context": 5, "kv_tokens": [1]}),
+    ],
+)
+def test_a_grid_is_one_batch_or_two_lists_and_nothing_between(schema: type, data: dict[str, object]) -> None:
+    assert "found" in refusal(data, schema) or "belongs" in refusal(data, schema)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"work": None, "contention": False},
+        {"prefill": {"tokens": [16], "mean_context": [8]}},
+        {"modes": []},
+        {"modes": ["in-turn"]},
+    ],
+)
+def test_a_hybrid_sweep_without_something_to_measure_is_refused(data: dict[str, object]) -> None:
+    refusal(data, HybridSweep)
+
+
+def test_a_prefill_sweep_has_no_decode_fields() -> None:
+    assert "decode: unknown" in refusal({"decode": {"batch": 1, "context": 1}}, PrefillSweep)
+
+
+def test_every_slo_preset_is_found_by_name_and_carries_it() -> None:
+    assert all(slo_of(name) == slo and slo.name == name for name, slo in SLOS.items())
+
+
+def test_an_unknown_slo_is_answered_with_the_presets() -> None:
+    with pytest.raises(InputError, match=r"slo: found 'fast'; expected .* mlperf-8b,"):
+        slo_of("fast")
+
+
+def test_given_targets_are_an_slo() -> None:
+    assert slo_of(SloConfig(ttft_s=2, tpot_s=0.5)).tpot_s == 0.5
+
+
+def test_the_replay_of_a_comparison_differs_in_its_policy_only() -> None:
+    compare = CompareConfig(seed=3, policies=("a", "b"))
+    replay = compare.replay("b")
+    assert replay.policy == "b"
+    assert {k: v for k, v in replay if k != "policy"} == {k: v for k, v in compare if k != "policies"}

@@ -1,0 +1,67 @@
+"""Every configuration that is checked in is one that the schemas accept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from semipd.config import DecodeSweep, HybridSweep, PrefillSweep, SweepConfig, load, read_yaml
+from semipd.core import InputError
+from semipd.profiler import decode_works, hybrid_plan, prefill_works, solo_sms
+
+SWEEPS = Path(__file__).parent.parent / "configs" / "sweeps"
+H200_SMS = 132
+
+
+def configs() -> list[Path]:
+    return sorted(SWEEPS.glob("*.yaml"))
+
+
+def loaded(path: Path) -> SweepConfig:
+    schema = {"prefill": PrefillSweep, "decode": DecodeSweep, "hybrid": HybridSweep}[read_yaml(path)["kind"]]
+    return load(path, schema)
+
+
+def points(config: SweepConfig) -> int:
+    """Points that a sweep measures on an H200."""
+    if isinstance(config, PrefillSweep):
+        return len(prefill_works(config.prefill)) * len(solo_sms(config, H200_SMS)) * len(config.backends)
+    if isinstance(config, DecodeSweep):
+        return len(decode_works(config.decode)) * len(solo_sms(config, H200_SMS))
+    assert isinstance(config, HybridSweep)
+    plan = hybrid_plan(config, H200_SMS)
+    return len(plan.totals) + len(plan.contention) * len(decode_works(config.decode))
+
+
+@pytest.mark.parametrize("path", configs(), ids=lambda path: path.stem)
+def test_a_checked_in_sweep_has_points_to_measure(path: Path) -> None:
+    assert points(loaded(path)) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"), [("prefill", PrefillSweep), ("decode", DecodeSweep), ("hybrid", HybridSweep)]
+)
+def test_the_file_of_a_default_sweep_says_what_the_command_does_without_one(
+    name: str, schema: type[SweepConfig]
+) -> None:
+    assert load(SWEEPS / f"{name}.yaml", schema) == schema()
+
+
+def test_the_hybrid_grid_of_the_profile_lies_within_its_solo_grids_on_the_same_partitions() -> None:
+    prefill, decode, hybrid = (loaded(SWEEPS / f"h200-grid-{kind}.yaml") for kind in ("prefill", "decode", "hybrid"))
+    assert isinstance(prefill, PrefillSweep)
+    assert isinstance(decode, DecodeSweep)
+    assert isinstance(hybrid, HybridSweep)
+    assert set(hybrid.prefill.tokens) <= set(prefill.prefill.tokens)
+    assert set(hybrid.decode.batches) <= set(decode.decode.batches)
+    assert set(hybrid.decode.kv_tokens) <= set(decode.decode.kv_tokens)
+    assert max(hybrid.prefill.mean_context) == max(prefill.prefill.mean_context)
+    splits = {at for _, _, at in hybrid_plan(hybrid, H200_SMS).contention}
+    assert {at.prefill_sms for at in splits} <= set(solo_sms(prefill, H200_SMS))
+    assert {at.decode_sms for at in splits} <= set(solo_sms(decode, H200_SMS))
+
+
+def test_a_sweep_of_another_kind_is_refused() -> None:
+    with pytest.raises(InputError, match=r"decode.yaml: kind: found 'decode'; expected 'prefill'"):
+        load(SWEEPS / "decode.yaml", PrefillSweep)

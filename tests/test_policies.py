@@ -1,0 +1,191 @@
+"""What each policy chooses, against a recomputation at every split and against its own rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Load, Mode, PrefillShape, Slo
+from semipd.cost import ConstantCost
+from semipd.policies import Policy, all_names, make_policy, whole_device
+from semipd.policies.adaptive import round_up
+
+FULL = whole_device(132)
+SLO = Slo(ttft_s=0.5, tpot_s=0.03)
+LOAD = Load(
+    now_s=1.0,
+    waiting_requests=1,
+    waiting_tokens=1000,
+    oldest_wait_s=0.0,
+    prefill=PrefillShape.of((1000,), (0,)),
+    decode=DecodeShape(64, 64_000),
+    kv_free_share=0.5,
+    current=None,
+)
+
+
+@dataclass(frozen=True)
+class AmdahlCost:
+    """Both phases speed up with their SMs; decode slows down with its batch and with the prefill beside it."""
+
+    layers: int = 2
+    device_sms: int = 132
+    calls: list[int] | None = None
+
+    @property
+    def splits(self) -> tuple[Allocation, ...]:
+        return ConstantCost(1, 1).splits
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        return 1e-4 + 1e-3 * shape.tokens / at.prefill_sms * (1.2 if beside else 1), False
+
+    def decode_s(
+        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+    ) -> tuple[FloatArray, int]:
+        if self.calls is not None:
+            self.calls.append(batch)
+        slower = 1 + (beside.tokens / 8192 if beside else 0)
+        return (1e-3 + 1e-5 * np.asarray(kv_tokens) / at.decode_sms + 1e-3 * batch / at.decode_sms) * slower, 0
+
+
+loads = st.builds(
+    lambda tokens, context, batch, per_seq, current: replace(
+        LOAD,
+        prefill=PrefillShape(tokens, float(tokens * context)),
+        decode=DecodeShape(batch, batch * per_seq),
+        current=current,
+    ),
+    tokens=st.integers(1, 8192),
+    context=st.integers(1, 4096),
+    batch=st.integers(1, 256),
+    per_seq=st.integers(1, 8192),
+    current=st.sampled_from([None, FULL, *AmdahlCost().splits]),
+)
+
+
+def as_priced(load: Load) -> tuple[PrefillShape, DecodeShape]:
+    """The load rounded up as adaptive documents it."""
+    assert load.prefill is not None
+    assert load.decode is not None
+    tokens, context = round_up(load.prefill.tokens), round_up(load.prefill.mean_context)
+    decode = DecodeShape(round_up(load.decode.batch), round_up(load.decode.kv_tokens))
+    return PrefillShape(tokens, float(tokens * context)), decode
+
+
+def step_s(cost: AmdahlCost, load: Load, split: Allocation) -> float:
+    prefill, decode = as_priced(load)
+    return float(cost.decode_s(decode.batch, np.array([decode.kv_tokens]), split, prefill)[0][0])
+
+
+def throughput(cost: AmdahlCost, load: Load, split: Allocation) -> float:
+    prefill, decode = as_priced(load)
+    return prefill.tokens / (cost.prefill_s(prefill, split, decode)[0] * cost.layers)
+
+
+@given(loads)
+def test_adaptive_takes_a_split_that_meets_the_tpot_target_whenever_one_does(load: Load) -> None:
+    cost = AmdahlCost()
+    chosen = make_policy("adaptive", cost, SLO).decide(load)
+    fastest = min(step_s(cost, load, split) for split in cost.splits)
+    assert step_s(cost, load, chosen) <= max(SLO.tpot_s, fastest)
+
+
+@given(loads)
+def test_adaptive_is_within_5_percent_of_the_best_prefill_throughput_among_the_splits_that_meet_the_target(
+    load: Load,
+) -> None:
+    cost = AmdahlCost()
+    chosen = make_policy("adaptive", cost, SLO).decide(load)
+    meet = [split for split in cost.splits if step_s(cost, load, split) <= SLO.tpot_s]
+    if meet:
+        best = max(throughput(cost, load, split) for split in meet)
+        mine = throughput(cost, load, chosen)
+        assert mine == best if chosen != load.current else best <= 1.05 * mine
+
+
+@given(loads)
+def test_adaptive_keeps_the_split_in_force_while_it_meets_the_target_and_is_within_5_percent(load: Load) -> None:
+    cost = AmdahlCost()
+    policy = make_policy("adaptive", cost, SLO)
+    best = policy.decide(replace(load, current=None))
+    for current in cost.splits:
+        keeps = step_s(cost, load, current) <= SLO.tpot_s and (
+            throughput(cost, load, best) <= 1.05 * throughput(cost, load, current)
+        )
+        assert policy.decide(replace(load, current=current)) == (current if keeps else best)
+
+
+@given(load=loads, before=st.lists(loads, max_size=5))
+def test_adaptive_answers_the_same_whatever_it_was_asked_before(load: Load, before: list[Load]) -> None:
+    used = make_policy("adaptive", AmdahlCost(), SLO)
+    for other in before:
+        used.decide(other)
+    assert used.decide(load) == make_policy("adaptive", AmdahlCost(), SLO).decide(load)
+
+
+@given(x=st.floats(1, 1e9))
+def test_adaptive_rounds_a_load_up_by_less_than_a_quarter_octave_and_one(x: float) -> None:
+    assert x <= round_up(x) <= 2**0.25 * x + 1
+
+
+def test_adaptive_prices_a_load_once() -> None:
+    calls: list[int] = []
+    policy = make_policy("adaptive", AmdahlCost(calls=calls), SLO)
+    for now_s in range(100):
+        policy.decide(replace(LOAD, now_s=float(now_s)))
+    assert len(calls) == len(AmdahlCost().splits)
+
+
+def test_adaptive_takes_the_fewest_prefill_sms_of_splits_that_are_equally_good() -> None:
+    assert make_policy("adaptive", ConstantCost(1e-3, 1e-2), SLO).decide(LOAD) == Allocation(Mode.SPLIT, 8, 124)
+
+
+def test_adaptive_takes_the_shortest_decode_step_when_no_split_meets_the_target() -> None:
+    policy = make_policy("adaptive", AmdahlCost(), Slo(0.5, 1e-6))
+    assert policy.decide(LOAD) == Allocation(Mode.SPLIT, 8, 124)
+
+
+@pytest.mark.parametrize("name", all_names(ConstantCost(1, 1)))
+def test_every_name_makes_the_policy_of_that_name(name: str) -> None:
+    policy: Policy = make_policy(name, ConstantCost(1, 1), SLO)
+    assert policy.name == name
+
+
+@pytest.mark.parametrize("name", all_names(ConstantCost(1, 1)))
+def test_a_phase_alone_has_the_whole_device_under_every_policy(name: str) -> None:
+    policy = make_policy(name, ConstantCost(1, 1), SLO)
+    for current in (None, FULL, Allocation(Mode.SPLIT, 64, 68)):
+        assert policy.decide(replace(LOAD, prefill=None, current=current)) == FULL
+        assert policy.decide(replace(LOAD, decode=None, current=current)) == FULL
+
+
+@given(loads)
+def test_a_static_policy_takes_its_split_at_every_load_and_exclusive_the_whole_device(load: Load) -> None:
+    cost = ConstantCost(1, 1)
+    assert make_policy("static-64", cost, SLO).decide(load) == Allocation(Mode.SPLIT, 64, 68)
+    assert make_policy("exclusive", cost, SLO).decide(load) == FULL
+
+
+def test_all_names_are_exclusive_every_measured_split_and_adaptive() -> None:
+    cost = ConstantCost(1, 1, device_sms=32)
+    assert all_names(cost) == ("exclusive", "static-8", "static-16", "static-24", "adaptive")
+
+
+@pytest.mark.parametrize("name", ["static-65", "static-", "static-064", "static-x"])
+def test_an_unmeasured_split_is_refused_with_the_measured_ones(name: str) -> None:
+    with pytest.raises(InputError, match=rf"found '{name}'.*measured prefill SMs: 8, 16, 24$"):
+        make_policy(name, ConstantCost(1, 1, device_sms=32), SLO)
+
+
+@pytest.mark.parametrize("name", ["", "best", "exclusive-8", "Static-8"])
+def test_an_unknown_policy_is_refused_with_the_names(name: str) -> None:
+    with pytest.raises(InputError, match=rf"found '{name}'; expected exclusive, static-N .* or adaptive$"):
+        make_policy(name, ConstantCost(1, 1), SLO)
+
+
+def test_a_load_says_nothing_of_output_lengths() -> None:
+    assert not [field.name for field in fields(Load) if "output" in field.name]
