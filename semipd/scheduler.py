@@ -134,6 +134,7 @@ class Scheduler:
         self._current: Allocation | None = None  # in force
         self._target: Allocation | None = None  # the policy's last answer
         self._decode_changed = False  # since the policy was asked
+        self._start_asked = False  # whether it was asked for the next batch
         self._busy = (False, False)  # prefill, decode, when it was asked
         self._next_order = 0
         self._next_run = 0
@@ -318,10 +319,14 @@ class Scheduler:
         )
 
     def _decide(self, now_s: float, batch: PrefillBatch | None) -> Allocation:
-        """The policy's answer, asked for when a batch is about to start or who is busy or decoding has changed."""
+        """The policy's answer, asked for when a batch is about to start or who is busy or decoding has changed.
+
+        A switch for a batch takes a while; it is not called off because the load is another one by then.
+        """
         busy = (batch is not None, bool(self._decoding or self._joining))
-        about_to_start = batch is not None and batch is not self._batch
-        if self._target is None or about_to_start or self._decode_changed or busy != self._busy:
+        starts = batch is not None and batch is not self._batch
+        unasked = starts and not self._start_asked
+        if self._target is None or unasked or self._decode_changed or busy != self._busy:
             head = self._partial or (self._waiting[0] if self._waiting else None)
             load = Load(
                 now_s=now_s,
@@ -337,6 +342,7 @@ class Scheduler:
             if target is not self._target:
                 self._target = self._checked(target)
             self._decode_changed = False
+            self._start_asked = starts
             self._busy = busy
         return self._target
 
@@ -398,6 +404,7 @@ class Scheduler:
             else:
                 self._waiting.popleft()
         self._batch = batch
+        self._start_asked = False
 
     def _decode_run(self, at: Allocation) -> Run:
         max_steps = 1 + self.blocks.steps_that_fit()

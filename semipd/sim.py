@@ -1,10 +1,11 @@
 """Simulated execution: runs take the time that a cost model says, in virtual time.
 
-A run costs a few vectorised operations when it starts and when it is re-timed, however many steps it has.
+A run costs a few vectorised operations when it starts and when it is re-timed, not for each step.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
@@ -18,6 +19,9 @@ Own = TypeVar("Own")
 Other = TypeVar("Other")
 
 NONE: FloatArray = np.empty(0)
+
+STRETCH_STEPS = 1024
+"""Steps priced at a time, so that a run that could go on for a million steps costs no more to start or re-time."""
 
 
 class SimExecutor:
@@ -123,16 +127,17 @@ class SimExecutor:
         ended = self._collect()
         if ended or (until_s is not None and until_s <= self._now_s):
             return ended
-        if self._changed:
-            self._settle()
         if until_s is not None and until_s != self._alarm_s:
             self._alarm_s = until_s
             self._wake(until_s)
         while True:
+            if self._changed or any(flight.priced_to_s <= self._now_s for flight in self._flights()):
+                self._settle()
+            else:
+                self._env.step()
             ended = self._collect()
             if ended or (until_s is not None and until_s <= self._now_s):
                 return ended
-            self._env.step()
 
     def _flights(self) -> list[PrefillFlight | DecodeFlight]:
         return [flight for flight in (self._prefill, self._decode) if flight is not None]
@@ -157,10 +162,12 @@ class SimExecutor:
             self._seen_decode = decode.shape(decode.steps_done(self._now_s)) if decode else None
         if prefill:
             prefill.go_on(self._now_s, self._cost, self._seen_decode if decode else None)
-            self._wake(prefill.end_s)
         if decode:
             decode.go_on(self._now_s, self._cost, self._seen_prefill if prefill else None)
-            self._wake(decode.end_s)
+        for flight in self._flights():
+            if flight.wakes_s != flight.priced_to_s:
+                flight.wakes_s = flight.priced_to_s
+                self._wake(flight.wakes_s)
         self._look = self._changed = False
 
     def _wake(self, at_s: float) -> None:
@@ -175,12 +182,15 @@ class SimExecutor:
 class Flight(ABC, Generic[Other]):
     """A run in flight: the boundaries it has reached, and when it will reach the others at the present prices.
 
-    A *stretch* is a time over which prices hold; it may start within a step.
+    A *stretch* is a time over which prices hold; it may start within a step. ``priced_to_s`` is the last boundary
+    known, and ``end_s`` the end of the run, infinite while that is further than was priced.
     """
 
     def __init__(self, run: Run, now_s: float, steps: int) -> None:
         self.run = run
-        self.end_s = float("inf")  # not priced yet
+        self.end_s = math.inf
+        self.priced_to_s = -math.inf
+        self.wakes_s = -math.inf  # when the clock is to stop for it
         self._start_s = now_s
         self._steps = steps  # at which the run ends
         self._past: list[FloatArray] = []  # boundaries in earlier stretches
@@ -213,18 +223,22 @@ class Flight(ABC, Generic[Other]):
 
     def go_on(self, now_s: float, cost: CostModel, beside: Other | None) -> None:
         """Have what is left priced beside this from now on."""
-        if len(self._seconds) and beside == self._beside:
+        if now_s < self.priced_to_s and beside == self._beside:
             return
-        self._close(now_s, cost)
+        if len(self._seconds):
+            now_s = min(now_s, self.priced_to_s)
+            self._close(now_s, cost)
         self._beside = beside
-        self._seconds, self._outside = self.price(cost, self._done, self._steps - self._done, beside)
+        steps = min(self._steps - self._done, STRETCH_STEPS)
+        self._seconds, self._outside = self.price(cost, self._done, steps, beside)
         times = np.empty(len(self._seconds) + 1)
         times[0] = now_s
         times[1:] = self._seconds
         times[1] *= self._rest
         # Added up one by one, as runs of single steps would be: equal to the last bit.
         self._ends = times.cumsum()[1:]
-        self.end_s = float(self._ends[-1])
+        self.priced_to_s = float(self._ends[-1])
+        self.end_s = self.priced_to_s if self._done + steps == self._steps else math.inf
 
     def stop(self, now_s: float) -> None:
         """End at the first boundary from now on."""
@@ -237,7 +251,7 @@ class Flight(ABC, Generic[Other]):
         self._steps = steps
         if len(self._seconds):
             self._ends = self._ends[: steps - self._done]
-            self.end_s = float(self._ends[-1]) if len(self._ends) else self._last_s
+            self.end_s = self.priced_to_s = float(self._ends[-1]) if len(self._ends) else self._last_s
 
     def record(self, cost: CostModel) -> StepRecord:
         """What the run did; it has ended."""
@@ -247,8 +261,8 @@ class Flight(ABC, Generic[Other]):
         return StepRecord(self.run, self._start_s, ends_s, finished, self._lookups, self._extrapolated)
 
     def _close(self, now_s: float, cost: CostModel) -> None:
-        """Leave the present stretch; nothing to do in one that has only begun."""
-        if now_s == self._stretch_s:
+        """Leave the present stretch, unless it has only begun."""
+        if self._stretch_s == now_s < self.priced_to_s:
             return
         done = int(self._ends.searchsorted(now_s, side="right"))
         reached = self._ends[:done]

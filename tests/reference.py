@@ -109,6 +109,7 @@ class Reference:
         self.current: Allocation | None = None
         self.target: Allocation | None = None
         self.asked_for: tuple[object, ...] = ()
+        self.asked_for_next_batch = False
         self.seen_decode: DecodeShape | None = None  # the other phase as each was last told of it
         self.seen_prefill: PrefillShape | None = None
         self.last_step: tuple[object, ...] = ()  # when the last one ended, where it ran, and whom for
@@ -279,6 +280,7 @@ class Reference:
             else:
                 self.waiting.remove(job)
         self.batch = batch
+        self.asked_for_next_batch = False
         self.free()
 
     def decode_shape(self) -> DecodeShape | None:
@@ -286,9 +288,10 @@ class Reference:
         return DecodeShape(len(jobs), sum(job.cached + 1 for job in jobs)) if jobs else None
 
     def decide(self, batch: Batch | None) -> Allocation:
-        """Ask the policy when a batch is about to start, or when who decodes or who is busy is not as last time."""
+        """Ask the policy once before a batch starts, and when who decodes or who is busy is not as last time."""
         busy = (batch is not None, {id(job) for job in self.decoding + self.joining})
-        if self.target is None or (batch and batch is not self.batch) or busy != self.asked_for:
+        starts = batch is not None and batch is not self.batch
+        if self.target is None or (starts and not self.asked_for_next_batch) or busy != self.asked_for:
             queue = ([self.cut] if self.cut else []) + self.waiting
             tokens = sum(job.to_prefill - job.cached for job in queue)
             if self.batch:
@@ -304,7 +307,7 @@ class Reference:
                 current=self.current,
             )
             self.target = self.policy.decide(load)
-            self.asked_for = busy
+            self.asked_for, self.asked_for_next_batch = busy, starts
         return self.target
 
     # prices

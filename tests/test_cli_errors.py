@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from closed_form_bench import ClosedFormBench, OpenClosedForm
+from subprocesses import elsewhere
 
 from semipd import __version__
 from semipd.cli import main
@@ -104,7 +104,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, check=False, cwd="/", env={**os.environ, **environment},
+        capture_output=True, text=True, check=False, cwd="/", env={**elsewhere(), **environment},
     )  # fmt: skip
 
 

@@ -53,10 +53,13 @@ def test_the_hybrid_grid_of_the_profile_lies_within_its_solo_grids_on_the_same_p
     assert isinstance(prefill, PrefillSweep)
     assert isinstance(decode, DecodeSweep)
     assert isinstance(hybrid, HybridSweep)
-    assert set(hybrid.prefill.tokens) <= set(prefill.prefill.tokens)
-    assert set(hybrid.decode.batches) <= set(decode.decode.batches)
-    assert set(hybrid.decode.kv_tokens) <= set(decode.decode.kv_tokens)
-    assert max(hybrid.prefill.mean_context) == max(prefill.prefill.mean_context)
+    for inner, outer in (
+        (hybrid.prefill.tokens, prefill.prefill.tokens),
+        (hybrid.prefill.mean_context, prefill.prefill.mean_context),
+        (hybrid.decode.batches, decode.decode.batches),
+        (hybrid.decode.kv_tokens, decode.decode.kv_tokens),
+    ):
+        assert min(outer) <= min(inner) <= max(inner) <= max(outer)
     splits = {at for _, _, at in hybrid_plan(hybrid, H200_SMS).contention}
     assert {at.prefill_sms for at in splits} <= set(solo_sms(prefill, H200_SMS))
     assert {at.decode_sms for at in splits} <= set(solo_sms(decode, H200_SMS))

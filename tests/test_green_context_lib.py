@@ -119,8 +119,8 @@ def test_a_process_may_end_without_destroying(fake_libcuda: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "SEMIPD_LIBCUDA": str(fake_libcuda)},
+        cwd="/",
+        env={**elsewhere(), "SEMIPD_LIBCUDA": str(fake_libcuda)},
         capture_output=True,
         text=True,
         check=False,

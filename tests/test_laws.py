@@ -182,7 +182,9 @@ def test_law_5_a_phase_with_runnable_work_idles_only_for_a_switch_or_for_exclusi
             (record,) = beside
             assert record.end_s == end, "idle beyond the end of the run it waited for"
             assert not [t for t in record.ends_s if start < t < end], "waited for more than the step in progress"
-            assert exclusive or after.run.allocation != record.run.allocation
+            # The last run's end may change who decodes, and with it the policy's mind: the switch is called off.
+            switched = after.run.allocation != record.run.allocation
+            assert exclusive or switched or record.finished or any(record.run.emits)
 
 
 def log_of(records: list[StepRecord]) -> bytes:
@@ -288,5 +290,6 @@ def test_a_plan_yields_or_launches_and_never_both(scenario: Scenario) -> None:
 
     policy = make_policy(scenario.policy, scenario.cost, scenario.slo)
     recorded = Recorded(scenario.config, policy, device_sms=scenario.cost.device_sms, layers=scenario.cost.layers)
-    assert list(replay(scenario.requests, recorded, SimExecutor(scenario.cost)))
+    records = list(replay(scenario.requests, recorded, SimExecutor(scenario.cost)))
+    assert sum(len(plan.launches) for plan in plans) == len(records)
     assert not [plan for plan in plans if plan.yields and plan.launches]

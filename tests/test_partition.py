@@ -146,9 +146,9 @@ def test_without_a_driver_the_import_works_and_the_first_use_says_so(tmp_path: P
         "try: green_context_lib.create_green_context_and_streams()\n"
         "except semipd.CudaError as error: print(error.code, error.name, error.call, error)\n"
     )
-    environment = {**os.environ, "SEMIPD_LIBCUDA": str(tmp_path / "libcuda.so.1")}
+    environment = {**elsewhere(), "SEMIPD_LIBCUDA": str(tmp_path / "libcuda.so.1")}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True, check=True
     )
     expected = f"303 CUDA_ERROR_SHARED_OBJECT_INIT_FAILED dlopen no CUDA driver: {tmp_path}/libcuda.so.1: "
     assert done.stdout.startswith(expected)
@@ -409,8 +409,8 @@ def test_a_process_that_ends_with_idle_contexts_calls_nothing_of_the_driver(fake
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "SEMIPD_LIBCUDA": str(fake_libcuda)},
+        cwd="/",
+        env={**elsewhere(), "SEMIPD_LIBCUDA": str(fake_libcuda)},
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,394 @@
+"""What a replay amounts to: a columnar log of runs, and the summary made from it (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, Literal
+
+import numpy as np
+
+from semipd.core import FloatArray, IntArray, Phase, Request, Slo, StepRecord
+from semipd.trace import Trace
+
+Saturation = Literal["stable", "backlogged", "overloaded"]
+
+SATURATED_SHARE = 0.05
+"""Requests waiting for their first token, as a share of all, that make a queue (docs/metrics.md, saturation)."""
+
+FEW_REQUESTS = 10
+"""So many waiting are no queue, however short the trace."""
+
+_ids = attrgetter("id")
+
+
+class Log:
+    """What runs did, in columns that grow with runs and steps: nothing is kept for each token, and no object.
+
+    Records must come in the order in which runs ended, as ``driver.replay`` yields them. Sequences that decode together
+    get their tokens together, so their gaps are those between steps, as often as there are sequences; only the
+    tokens at which a sequence joins the batch have a gap of their own.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.lookups = 0
+        self.extrapolated = 0
+        self._allocations: dict[str, int] = {}  # name: its number
+        self._run_allocation, self._run_start_s, self._run_end_s = array("l"), array("d"), array("d")
+        self._step_end_s = array("d")  # of all decode runs
+        self._decode_steps, self._decode_batch, self._decode_stayed = array("q"), array("q"), array("q")
+        self._own_gap_s = array("d")
+        self._first_id, self._first_s = array("q"), array("d")
+        self._finish_id, self._finish_s = array("q"), array("d")
+
+        self._requests: tuple[Request, ...] = ()  # of the last decode run, where _batch is still just these
+        self._batch: set[int] = set()  # sequences whose last token came at the last decode step
+        self._batch_s = 0.0  # its end
+        self._token_s: dict[int, float] = {}  # last token of each other sequence that is to get more
+
+    def append(self, record: StepRecord) -> None:
+        """Take note of a run that ended."""
+        run = record.run
+        name = run.allocation.name
+        self._run_allocation.append(self._allocations.setdefault(name, len(self._allocations)))
+        self._run_start_s.append(record.start_s)
+        self._run_end_s.append(record.end_s)
+        self.lookups += record.lookups
+        self.extrapolated += record.extrapolated
+        if record.steps == 0:
+            return
+        if run.phase is Phase.DECODE:
+            self._append_decode(record)
+        elif record.steps == run.max_steps:
+            self._append_prefill(record)
+        for request_id in record.finished:
+            self._finish_id.append(request_id)
+            self._finish_s.append(record.end_s)
+
+    def _append_decode(self, record: StepRecord) -> None:
+        """Every step gives every sequence a token."""
+        requests = record.run.requests
+        joined = 0
+        if requests != self._requests:
+            batch = set(map(_ids, requests))
+            for request_id in self._batch - batch:
+                self._token_s[request_id] = self._batch_s
+            new = batch - self._batch
+            joined = len(new)
+            for request_id in new:
+                self._token(request_id, float(record.ends_s[0]))
+            self._requests, self._batch = requests, batch
+        self._step_end_s.frombytes(record.ends_s.tobytes())
+        self._decode_steps.append(record.steps)
+        self._decode_batch.append(len(requests))
+        self._decode_stayed.append(len(requests) - joined)
+        self._batch_s = record.end_s
+        self.tokens += record.steps * len(requests)
+        if record.finished:
+            self._batch.difference_update(record.finished)
+            self._requests = ()
+
+    def _append_prefill(self, record: StepRecord) -> None:
+        """The last layer gives a token to each request whose prompt it completes."""
+        finished = record.finished
+        for request, emits in zip(record.run.requests, record.run.emits, strict=True):
+            if not emits:
+                continue
+            if request.id in self._batch:  # preempted since its last decode step
+                self._batch.remove(request.id)
+                self._requests = ()
+                self._token_s[request.id] = self._batch_s
+            self._token(request.id, record.end_s)
+            self.tokens += 1
+            if request.id not in finished:
+                self._token_s[request.id] = record.end_s
+
+    def _token(self, request_id: int, at_s: float) -> None:
+        """A token that comes apart from the other sequences': the first one, or one with a gap of its own."""
+        last_s = self._token_s.pop(request_id, None)
+        if last_s is None:
+            self._first_id.append(request_id)
+            self._first_s.append(at_s)
+        else:
+            self._own_gap_s.append(at_s - last_s)
+
+    def first_tokens(self) -> tuple[IntArray, FloatArray]:
+        """Ids of the requests that have had a token, and when the first one came."""
+        return _ints(self._first_id), _floats(self._first_s)
+
+    def finishes(self) -> tuple[IntArray, FloatArray]:
+        """Ids of the requests that are complete, and when their last token came."""
+        return _ints(self._finish_id), _floats(self._finish_s)
+
+    def gaps(self) -> tuple[FloatArray, IntArray]:
+        """Gaps between successive tokens of a request, in seconds, and how many of each there are."""
+        own = _floats(self._own_gap_s)
+        steps, first = _ints(self._decode_steps), _ints(self._decode_stayed)
+        counts = np.repeat(_ints(self._decode_batch), steps)
+        counts[np.cumsum(steps) - steps] = first
+        seconds = np.concatenate([np.diff(_floats(self._step_end_s), prepend=0.0), own])
+        counts = np.concatenate([counts, np.ones(len(own), dtype=np.int64)])
+        return seconds[counts > 0], counts[counts > 0]
+
+    def time_in_split(self, start_s: float) -> dict[str, float]:
+        """Share of the time from ``start_s`` to the last run's end in each allocation, the rest being ``idle``."""
+        order = np.argsort(_floats(self._run_start_s), kind="stable")
+        starts, ends = _floats(self._run_start_s)[order], _floats(self._run_end_s)[order]
+        if not len(ends) or not (span_s := float(ends.max()) - start_s) > 0:
+            return {"idle": 1.0}
+        covered_s = np.maximum.accumulate(np.concatenate([[start_s], ends[:-1]]))  # by the runs before
+        own_s = np.maximum(ends - np.maximum(starts, covered_s), 0.0)
+        busy = np.bincount(_ints(self._run_allocation)[order], own_s, len(self._allocations)) / span_s
+        shares = dict(zip(self._allocations, busy.tolist(), strict=True))
+        return {**{name: shares[name] for name in sorted(shares)}, "idle": max(0.0, 1 - math.fsum(shares.values()))}
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Mean, percentiles (linear between order statistics, as numpy's default) and maximum, in seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+    @staticmethod
+    def of(values: FloatArray, counts: IntArray | None = None) -> Distribution | None:
+        """Of values that occur ``counts`` times each (at least once; None: once). None without any."""
+        if not len(values):
+            return None
+        order = np.argsort(values)
+        ordered = values[order]
+        reached = np.arange(1, len(values) + 1) if counts is None else np.cumsum(counts[order])
+        n = int(reached[-1])
+        mean = values.mean() if counts is None else values @ counts / n
+
+        def percentile(q: float) -> float:
+            place = q / 100 * (n - 1)
+            below = math.floor(place)
+            i, j = np.searchsorted(reached, (below, min(below + 1, n - 1)), side="right")
+            low, high, t = float(ordered[i]), float(ordered[j]), place - below
+            # numpy's two ways to interpolate, to agree with it to the last bit
+            return low + (high - low) * t if t < 0.5 else high - (high - low) * (1 - t)
+
+        return Distribution(
+            float(mean), percentile(50), percentile(90), percentile(95), percentile(99), float(ordered[-1])
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RequestTable:
+    """One row a request, in the order sent; seconds are NaN where there is nothing to tell.
+
+    ``first_token_s``, ``finish_s``: when; NaN before the first token, and for a request that did not complete.
+    ``tpot_s``, ``e2e_s``: NaN for a request that did not complete.
+    """
+
+    id: IntArray
+    arrival_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    first_token_s: FloatArray
+    finish_s: FloatArray
+    ttft_s: FloatArray
+    tpot_s: FloatArray
+    e2e_s: FloatArray
+
+    def columns(self) -> dict[str, FloatArray | IntArray]:
+        """The columns by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run amounts to; docs/metrics.md defines every field. None where there is nothing to tell."""
+
+    policy: str
+    requests: int
+    completed: int
+    dropped: int
+    duration_s: float
+    ttft_s: Distribution | None
+    tpot_s: Distribution | None
+    itl_s: Distribution | None
+    e2e_s: Distribution | None
+    request_throughput_rps: float | None
+    output_throughput_tps: float | None
+    slo: Slo
+    slo_attainment: float | None
+    goodput_rps: float | None
+    preemptions: int
+    switches: int
+    time_in_split: Mapping[str, float]
+    kv_peak_share: float | None
+    extrapolated_share: float | None
+    saturation: Saturation
+    wall_s: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object: names, numbers and null, never NaN."""
+        document: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Distribution):
+                value = {part.name: getattr(value, part.name) for part in fields(value)}
+            elif isinstance(value, Slo):
+                value = {"ttft_s": value.ttft_s, "tpot_s": value.tpot_s}
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            document[field.name] = value
+        return document
+
+
+def request_table(log: Log, requests: Trace | Sequence[Request]) -> RequestTable:
+    """When each request arrived, got its first token and finished, and what follows from that.
+
+    Raises ValueError when the log has a request that is not among these, or when two have the same id.
+    """
+    if isinstance(requests, Trace):
+        ids = np.arange(len(requests))
+        arrival_s, prompt_tokens, output_tokens = requests.arrival_s, requests.prompt_len, requests.output_len
+    else:
+        ids = np.array([r.id for r in requests], dtype=np.int64)
+        arrival_s = np.array([r.arrival_s for r in requests], dtype=np.float64)
+        prompt_tokens = np.array([r.prompt_len for r in requests], dtype=np.int64)
+        output_tokens = np.array([r.output_len for r in requests], dtype=np.int64)
+    first_token_s = _placed(ids, *log.first_tokens())
+    finish_s = _placed(ids, *log.finishes())
+    return RequestTable(
+        id=ids,
+        arrival_s=arrival_s,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        first_token_s=first_token_s,
+        finish_s=finish_s,
+        ttft_s=first_token_s - arrival_s,
+        # e2e - TTFT is finish - first token; a single token has none after it
+        tpot_s=(finish_s - first_token_s) / np.maximum(output_tokens - 1, 1),
+        e2e_s=finish_s - arrival_s,
+    )
+
+
+def summarise(
+    log: Log,
+    requests: Trace | Sequence[Request],
+    *,
+    policy: str,
+    slo: Slo,
+    dropped: Collection[int] = (),
+    preemptions: int = 0,
+    switches: int = 0,
+    kv_peak_share: float | None = None,
+    wall_s: float | None = None,
+) -> Summary:
+    """Summary of a replay.
+
+    Args:
+        log: What its runs did.
+        requests: All requests sent, in order of arrival.
+        policy: Its name.
+        slo: Targets that make a request good.
+        dropped: Ids of the requests that the scheduler gave up.
+        preemptions: As the scheduler counted.
+        switches: As the scheduler counted.
+        kv_peak_share: Largest share of the KV blocks in use.
+        wall_s: Seconds that the replay took to compute.
+
+    Raises:
+        ValueError: The log has a request that is not among ``requests``, or two of these have the same id.
+    """
+    table = request_table(log, requests)
+    sent = len(table.id)
+    start_s = float(table.arrival_s[0]) if sent else 0.0
+    complete = ~np.isnan(table.finish_s)
+    completed = int(np.count_nonzero(complete))
+    duration_s = float(table.finish_s[complete].max()) - start_s if completed else 0.0
+    good = int(np.count_nonzero(complete & (table.ttft_s <= slo.ttft_s) & (table.tpot_s <= slo.tpot_s)))
+    served = table.first_token_s[~np.isnan(table.first_token_s)]
+    counted = ~np.isin(table.id, np.fromiter(dropped, np.int64, len(dropped))) | ~np.isnan(table.first_token_s)
+
+    def rate(count: int) -> float | None:
+        return count / duration_s if duration_s > 0 else None
+
+    return Summary(
+        policy=policy,
+        requests=sent,
+        completed=completed,
+        dropped=len(dropped),
+        duration_s=duration_s,
+        ttft_s=Distribution.of(table.ttft_s[~np.isnan(table.ttft_s)]),
+        tpot_s=Distribution.of(table.tpot_s[complete]),
+        itl_s=Distribution.of(*log.gaps()),
+        e2e_s=Distribution.of(table.e2e_s[complete]),
+        request_throughput_rps=rate(completed),
+        output_throughput_tps=rate(log.tokens),
+        slo=slo,
+        slo_attainment=good / sent if sent else None,
+        goodput_rps=rate(good),
+        preemptions=preemptions,
+        switches=switches,
+        time_in_split=log.time_in_split(start_s),
+        kv_peak_share=kv_peak_share,
+        extrapolated_share=log.extrapolated / log.lookups if log.lookups else None,
+        saturation=saturation(table.arrival_s[counted], np.sort(served)),
+        wall_s=wall_s,
+    )
+
+
+def saturation(arrival_s: FloatArray, first_token_s: FloatArray) -> Saturation:
+    """Whether the system kept up with what arrived, seen while requests arrived (docs/metrics.md has the formulas).
+
+    ``overloaded``: the number of requests waiting for their first token grew, and was large at the last arrival.
+    ``backlogged``: it was large at some time. ``stable``: neither. The idea, a trend of the backlog that leaves the
+    drain after the last arrival out, is that of inference-sim's issues 1298 and 1390.
+
+    Args:
+        arrival_s: Of every request, ascending, without those that the scheduler dropped.
+        first_token_s: Of every request that got one, ascending.
+    """
+    if not len(arrival_s):
+        return "stable"
+    waiting = np.arange(1, len(arrival_s) + 1) - np.searchsorted(first_token_s, arrival_s, side="right")
+    large = max(SATURATED_SHARE * len(arrival_s), FEW_REQUESTS)
+    start_s, end_s = float(arrival_s[0]), float(arrival_s[-1])
+    half_s = (end_s - start_s) / 2
+    if half_s > 0 and waiting[-1] > large:
+        before, after = (
+            (_count_s(arrival_s, t, t + half_s) - _count_s(first_token_s, t, t + half_s)) / half_s
+            for t in (start_s, start_s + half_s)
+        )
+        if 2 * (after - before) > large:
+            return "overloaded"
+    return "backlogged" if waiting.max() > large else "stable"
+
+
+def _count_s(events_s: FloatArray, start_s: float, end_s: float) -> float:
+    """Integral from start to end of the number of events so far."""
+    return float(np.sum(np.maximum(end_s - np.maximum(events_s, start_s), 0.0)))
+
+
+def _placed(ids: IntArray, of: IntArray, values: FloatArray) -> FloatArray:
+    """The values in the rows of their ids, NaN elsewhere."""
+    column = np.full(len(ids), np.nan)
+    order = np.argsort(ids, kind="stable")
+    if np.any(np.diff(ids[order]) == 0):
+        raise ValueError("two requests have the same id")
+    found = np.searchsorted(ids[order], of)
+    if len(of) and (not len(ids) or np.any(ids[order[np.minimum(found, len(ids) - 1)]] != of)):
+        raise ValueError("the log has requests that are not among those given")
+    column[order[found]] = values
+    return column
+
+
+def _floats(column: array[float]) -> FloatArray:
+    return np.array(column, dtype=np.float64)
+
+
+def _ints(column: array[int]) -> IntArray:
+    return np.array(column, dtype=np.int64)

@@ -1,0 +1,255 @@
+"""The contract of every executor. Nothing here knows what a step costs, or whether time is virtual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
+from semipd.cost import ConstantCost
+from semipd.executor import Executor
+from semipd.sim import SimExecutor
+
+LAYERS = 4
+SPLIT, OTHER_SPLIT = Allocation(Mode.SPLIT, 64, 68), Allocation(Mode.SPLIT, 32, 100)
+PROMPT = 12
+LONG = 10**6  # tokens of output that no test waits for
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "sim": lambda: SimExecutor(ConstantCost(1e-3, 2e-3, layers=LAYERS)),
+}
+
+
+@pytest.fixture(scope="module", params=EXECUTORS)
+def fresh(request: pytest.FixtureRequest) -> Callable[[], Executor]:
+    """Makes executors of one kind."""
+    return EXECUTORS[request.param]
+
+
+@pytest.fixture
+def executor(fresh: Callable[[], Executor]) -> Executor:
+    return fresh()
+
+
+def sequences(*output_lens: int) -> tuple[Request, ...]:
+    return tuple(Request(i, 0.0, PROMPT, output_len) for i, output_len in enumerate(output_lens))
+
+
+def prefill(run_id: int, *requests: Request, layers: int = LAYERS, at: Allocation = SPLIT) -> Run:
+    """All the prompts; ``layers`` are left."""
+    n = len(requests)
+    new = tuple(r.prompt_len for r in requests)
+    return Run(run_id, Phase.PREFILL, requests, new, (0,) * n, at.prefill_sms, layers, at, (True,) * n)
+
+
+def decode(run_id: int, *requests: Request, generated: int = 1, max_steps: int = LONG, at: Allocation = SPLIT) -> Run:
+    """Each sequence has had so many tokens."""
+    cached = tuple(r.prompt_len + generated - 1 for r in requests)
+    return Run(run_id, Phase.DECODE, requests, (1,) * len(requests), cached, at.decode_sms, max_steps, at)
+
+
+def the_end(executor: Executor) -> StepRecord:
+    """Of the one run that ends next."""
+    (record,) = executor.wait(None)
+    return record
+
+
+def test_time_starts_at_zero_and_passes_without_work(executor: Executor) -> None:
+    start_s = executor.now()
+    assert 0 <= start_s < 1
+    assert executor.wait(start_s + 0.01) == []
+    assert executor.now() >= start_s + 0.01
+
+
+def test_a_time_that_has_passed_does_not_turn_the_clock_back(executor: Executor) -> None:
+    executor.wait(executor.now() + 0.01)
+    now_s = executor.now()
+    assert executor.wait(0.0) == []
+    assert executor.now() >= now_s
+
+
+def test_waiting_for_ever_for_nothing_is_an_error(executor: Executor) -> None:
+    with pytest.raises(RuntimeError):
+        executor.wait(None)
+
+
+def test_a_prefill_run_does_its_layers_and_gives_each_prompt_one_token(executor: Executor) -> None:
+    run = prefill(1, *sequences(1, 2, 1))
+    executor.launch(run)
+    record = the_end(executor)
+    assert record.run is run
+    assert record.steps == LAYERS
+    assert record.finished == (0, 2)  # one token is all they want
+
+
+def test_a_chunk_that_does_not_complete_its_prompt_gives_no_token(executor: Executor) -> None:
+    (request,) = sequences(1)
+    first = Run(1, Phase.PREFILL, (request,), (8,), (0,), 64, LAYERS, SPLIT, (False,))
+    executor.launch(first)
+    assert the_end(executor).finished == ()
+    executor.launch(Run(2, Phase.PREFILL, (request,), (PROMPT - 8,), (8,), 64, LAYERS, SPLIT, (True,)))
+    assert the_end(executor).finished == (0,)
+
+
+def test_a_preempted_sequence_gets_its_next_token_from_being_prefilled_anew(executor: Executor) -> None:
+    (request,) = sequences(4)
+    for generated, finished in ((2, ()), (3, (0,))):
+        executor.launch(
+            Run(generated, Phase.PREFILL, (request,), (PROMPT + generated,), (0,), 64, LAYERS, SPLIT, (True,))
+        )
+        assert the_end(executor).finished == finished
+
+
+def test_a_decode_run_ends_with_the_first_sequence_that_finishes(executor: Executor) -> None:
+    executor.launch(decode(1, *sequences(9, 4, 7, 4)))
+    record = the_end(executor)
+    assert record.steps == 3  # prefill gave the first of four
+    assert record.finished == (1, 3)
+
+
+def test_a_decode_run_ends_at_its_last_step(executor: Executor) -> None:
+    executor.launch(decode(1, *sequences(9, 8), max_steps=5))
+    record = the_end(executor)
+    assert record.steps == 5
+    assert record.finished == ()
+
+
+def test_boundaries_ascend_from_the_start_to_the_end_and_the_clock_has_passed_them(executor: Executor) -> None:
+    executor.wait(executor.now() + 0.005)
+    launched_s = executor.now()
+    executor.launch(prefill(1, *sequences(5)))
+    executor.launch(decode(2, Request(7, 0.0, PROMPT, 6)))
+    records = []
+    while len(records) < 2:
+        records += executor.wait(None)
+        assert all(record.end_s <= executor.now() for record in records)
+    for record in records:
+        assert launched_s <= record.start_s <= record.ends_s[0]
+        assert np.all(np.diff(record.ends_s) >= 0)
+        assert record.end_s == record.ends_s[-1]
+    assert records[0].end_s <= records[1].end_s
+
+
+def test_only_one_run_of_a_phase_is_in_flight(executor: Executor) -> None:
+    first = prefill(1, *sequences(5))
+    executor.launch(first)
+    with pytest.raises(ValueError, match="in flight"):
+        executor.launch(prefill(2, *sequences(5)))
+    assert the_end(executor).run is first
+    executor.launch(prefill(2, *sequences(5)))
+
+
+def test_partitions_of_two_splits_are_never_in_flight_together(executor: Executor) -> None:
+    executor.launch(decode(1, *sequences(5)))
+    with pytest.raises(ValueError, match="in flight"):
+        executor.launch(prefill(2, *sequences(5), at=OTHER_SPLIT))
+    assert the_end(executor).run.id == 1
+    executor.launch(prefill(2, *sequences(5), at=OTHER_SPLIT))
+
+
+def test_a_decode_run_that_was_asked_to_yield_ends_early_and_can_go_on(executor: Executor) -> None:
+    (request,) = sequences(400)
+    executor.launch(decode(1, request))
+    executor.wait(executor.now() + 0.01)
+    executor.yield_(1)
+    done = the_end(executor)
+    assert 1 <= done.steps < 399
+    assert done.finished == ()
+    executor.launch(decode(2, request, generated=1 + done.steps))
+    rest = the_end(executor)
+    assert (done.steps + rest.steps, rest.finished) == (399, (0,))
+
+
+def test_a_prefill_run_goes_on_with_the_layers_that_are_left_and_gives_its_token_at_the_last(
+    executor: Executor,
+) -> None:
+    (request,) = sequences(1)
+    left = 1000
+    finished: list[int] = []
+    for run_id in range(1, 4):
+        executor.launch(prefill(run_id, request, layers=left))
+        executor.yield_(run_id)
+        done = the_end(executor)
+        assert 1 <= done.steps < left
+        finished += done.finished
+        left -= done.steps
+    assert finished == []
+    executor.launch(prefill(4, request, layers=left))
+    done = the_end(executor)
+    assert (done.steps, done.finished) == (left, (0,))
+
+
+def test_asking_twice_or_after_the_end_changes_nothing(executor: Executor) -> None:
+    executor.launch(decode(1, *sequences(400)))
+    executor.yield_(1)
+    executor.yield_(1)
+    assert 1 <= the_end(executor).steps < 399
+    executor.launch(decode(2, *sequences(5)))
+    executor.yield_(1)
+    assert the_end(executor).steps == 4
+
+
+def test_steps_done_counts_up_to_the_record_and_is_known_in_flight_only(executor: Executor) -> None:
+    executor.launch(decode(1, *sequences(LONG), max_steps=60))
+    seen = [executor.steps_done(1)]
+    records: list[StepRecord] = []
+    while not records:
+        seen.append(executor.steps_done(1))
+        records = executor.wait(executor.now() + 0.001)
+    assert seen == sorted(seen)
+    assert 0 <= seen[0] <= seen[-1] <= 60 == records[0].steps
+    for run_id in (1, 2):
+        with pytest.raises(KeyError):
+            executor.steps_done(run_id)
+
+
+def test_waiting_until_a_time_leaves_what_is_unfinished_in_flight(executor: Executor) -> None:
+    executor.launch(decode(1, *sequences(LONG)))
+    until_s = executor.now() + 0.01
+    assert executor.wait(until_s) == []
+    assert executor.now() >= until_s
+    assert executor.steps_done(1) < LONG
+    executor.yield_(1)
+    assert the_end(executor).steps >= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    output_lens=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    max_steps=st.integers(1, 5),
+    yields=st.lists(st.booleans(), min_size=1, max_size=8),
+)
+def test_every_request_gets_its_tokens_however_the_work_is_cut(
+    fresh: Callable[[], Executor], output_lens: list[int], max_steps: int, yields: list[bool]
+) -> None:
+    executor = fresh()
+    tokens = dict.fromkeys(range(len(output_lens)), 0)
+    finished: list[int] = []
+    clock_s, run_id, layers = 0.0, 0, LAYERS
+    batch = sequences(*output_lens)
+    while layers or batch:
+        run_id += 1
+        generated = max(tokens.values())
+        run = (
+            prefill(run_id, *batch, layers=layers)
+            if layers
+            else decode(run_id, *batch, generated=generated, max_steps=max_steps)
+        )
+        executor.launch(run)
+        if yields[run_id % len(yields)]:
+            executor.yield_(run_id)
+        record = the_end(executor)
+        assert clock_s <= record.start_s <= record.end_s
+        assert 1 <= record.steps <= run.max_steps
+        clock_s = record.end_s
+        layers -= record.steps if layers else 0
+        for request in batch:
+            tokens[request.id] += (layers == 0) if run.phase is Phase.PREFILL else record.steps
+        finished += record.finished
+        batch = tuple(request for request in batch if request.id not in record.finished)
+    assert list(tokens.values()) == output_lens
+    assert sorted(finished) == sorted(tokens)
