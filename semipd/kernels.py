@@ -17,7 +17,7 @@ import torch
 from semipd.sweep import DecodeWork, PrefillWork
 from semipd.tiles import balance
 
-WORKSPACE_BYTES = 128 << 20
+WORKSPACE_BYTES = 256 << 20  # fa2 splits few queries over long keys into partial results
 
 
 @dataclass(frozen=True)

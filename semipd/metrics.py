@@ -52,11 +52,11 @@ class Log:
 
     def append(self, record: StepRecord) -> None:
         """Take note of a run that ended."""
-        run = record.run
+        run, end_s = record.run, record.end_s
         name = run.allocation.name
         self._run_allocation.append(self._allocations.setdefault(name, len(self._allocations)))
         self._run_start_s.append(record.start_s)
-        self._run_end_s.append(record.end_s)
+        self._run_end_s.append(end_s)
         self.lookups += record.lookups
         self.extrapolated += record.extrapolated
         if record.steps == 0:
@@ -67,7 +67,7 @@ class Log:
             self._append_prefill(record)
         for request_id in record.finished:
             self._finish_id.append(request_id)
-            self._finish_s.append(record.end_s)
+            self._finish_s.append(end_s)
 
     def _append_decode(self, record: StepRecord) -> None:
         """Every step gives every sequence a token."""

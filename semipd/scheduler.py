@@ -262,11 +262,10 @@ class Scheduler:
         self._base_sum -= sequence.base
         self._decode_changed = True
         sequence.length = sequence.base + self._steps + 1  # the newest token is not cached yet
+        self.blocks.release(sequence.request.id)
         if self.blocks.blocks(sequence.length) > self.blocks.num_blocks:
-            self.blocks.release(sequence.request.id)
             self._drop(sequence, f"its prompt of {sequence.request.prompt_len} tokens grown to {sequence.length} does")
             return
-        self.blocks.release(sequence.request.id)
         sequence.prefilled = 0
         self._waiting.appendleft(sequence)
         self._waiting_tokens += sequence.length

@@ -62,6 +62,7 @@ class SimExecutor:
         self._last: dict[Phase, StepRecord] = {}
         self._seen_prefill: PrefillShape | None = None
         self._seen_decode: DecodeShape | None = None
+        self._priced_to_s = math.inf  # the first of what is in flight: the clock must not pass this
         self._look = False  # something new was launched at this moment
         self._changed = False  # something was launched, asked to yield or has ended at this moment
 
@@ -104,6 +105,7 @@ class SimExecutor:
         for flight in self._flights():
             if flight.run.id == run_id:
                 flight.stop(self._now_s)
+                self._priced_to_s = min(self._priced_to_s, flight.priced_to_s)
                 self._changed = True
 
     def steps_done(self, run_id: int) -> int:
@@ -124,59 +126,68 @@ class SimExecutor:
         """
         if until_s is None and not self._flights():
             raise RuntimeError("nothing is in flight and no time is given: this would wait for ever")
-        ended = self._collect()
-        if ended or (until_s is not None and until_s <= self._now_s):
-            return ended
-        if until_s is not None and until_s != self._alarm_s:
+        if until_s is not None and self._now_s < until_s != self._alarm_s:
             self._alarm_s = until_s
             self._wake(until_s)
         while True:
-            if self._changed or any(flight.priced_to_s <= self._now_s for flight in self._flights()):
+            if self._priced_to_s <= self._now_s and (ended := self._collect()):
+                return ended
+            if until_s is not None and until_s <= self._now_s:
+                return []
+            if self._changed or self._priced_to_s <= self._now_s:
                 self._settle()
             else:
                 self._env.step()
-            ended = self._collect()
-            if ended or (until_s is not None and until_s <= self._now_s):
-                return ended
 
     def _flights(self) -> list[PrefillFlight | DecodeFlight]:
         return [flight for flight in (self._prefill, self._decode) if flight is not None]
 
     def _collect(self) -> list[StepRecord]:
         """The records of the runs that have ended, which are no longer in flight then."""
-        ended = [flight.record(self._cost) for flight in self._flights() if flight.end_s <= self._now_s]
+        prefill, decode, ended = self._prefill, self._decode, []
+        if prefill is not None and prefill.end_s <= self._now_s:
+            self._prefill = None
+            ended.append(prefill.record(self._cost))
+        if decode is not None and decode.end_s <= self._now_s:
+            self._decode = None
+            ended.append(decode.record(self._cost))
         for record in ended:
             self._last[record.run.phase] = record
-            if record.run.phase is Phase.PREFILL:
-                self._prefill = None
-            else:
-                self._decode = None
             self._changed = True
         return ended
 
     def _settle(self) -> None:
         """Price what is in flight, now that all that happens at this moment is known."""
-        prefill, decode = self._prefill, self._decode
+        now_s, cost, prefill, decode = self._now_s, self._cost, self._prefill, self._decode
         if self._look:
             self._seen_prefill = prefill.shape if prefill else None
-            self._seen_decode = decode.shape(decode.steps_done(self._now_s)) if decode else None
+            self._seen_decode = decode.shape(decode.steps_done(now_s)) if decode else None
+        self._priced_to_s = math.inf
         if prefill:
-            prefill.go_on(self._now_s, self._cost, self._seen_decode if decode else None)
+            prefill.go_on(now_s, cost, self._seen_decode if decode else None)
+            self._wake_for(prefill)
         if decode:
-            decode.go_on(self._now_s, self._cost, self._seen_prefill if prefill else None)
-        for flight in self._flights():
-            if flight.wakes_s != flight.priced_to_s:
-                flight.wakes_s = flight.priced_to_s
-                self._wake(flight.wakes_s)
+            decode.go_on(now_s, cost, self._seen_prefill if prefill else None)
+            self._wake_for(decode)
         self._look = self._changed = False
+
+    def _wake_for(self, flight: PrefillFlight | DecodeFlight) -> None:
+        at_s = flight.priced_to_s
+        if at_s < self._priced_to_s:
+            self._priced_to_s = at_s
+        if flight.wakes_s != at_s:
+            flight.wakes_s = at_s
+            self._wake(at_s)
 
     def _wake(self, at_s: float) -> None:
         """Have the clock stop at this time. There is no need to cancel this: a stop too many changes nothing."""
-        event = self._env.timeout(max(at_s - self._env.now, 0.0), at_s)
+        delay_s = at_s - self._env.now
+        event = self._env.timeout(delay_s if delay_s > 0 else 0.0, at_s)
         event.callbacks.append(self._tick)
 
     def _tick(self, event: simpy.Event) -> None:
-        self._now_s = max(self._now_s, event.value)
+        if event.value > self._now_s:
+            self._now_s = event.value
 
 
 class Flight(ABC, Generic[Other]):
@@ -226,15 +237,17 @@ class Flight(ABC, Generic[Other]):
         if now_s < self.priced_to_s and beside == self._beside:
             return
         if len(self._seconds):
-            now_s = min(now_s, self.priced_to_s)
+            if now_s > self.priced_to_s:
+                now_s = self.priced_to_s
             self._close(now_s, cost)
         self._beside = beside
         steps = min(self._steps - self._done, STRETCH_STEPS)
         self._seconds, self._outside = self.price(cost, self._done, steps, beside)
-        times = np.empty(len(self._seconds) + 1)
+        times = np.empty(steps + 1)
         times[0] = now_s
         times[1:] = self._seconds
-        times[1] *= self._rest
+        if self._rest != 1.0:
+            times[1] *= self._rest
         # Added up one by one, as runs of single steps would be: equal to the last bit.
         self._ends = times.cumsum()[1:]
         self.priced_to_s = float(self._ends[-1])
@@ -278,10 +291,9 @@ class Flight(ABC, Generic[Other]):
     def _count(self, cost: CostModel, steps: int) -> None:
         """Count the look-ups of the stretch's first steps, which were worked on."""
         self._lookups += steps
-        if steps == len(self._seconds) or not self._outside:
-            self._extrapolated += self._outside
-        elif steps:
-            self._extrapolated += self.price(cost, self._done, steps, self._beside)[1]
+        if self._outside and steps:
+            whole = steps == len(self._seconds)
+            self._extrapolated += self._outside if whole else self.price(cost, self._done, steps, self._beside)[1]
 
 
 class PrefillFlight(Flight[DecodeShape]):
@@ -296,6 +308,7 @@ class PrefillFlight(Flight[DecodeShape]):
         run, before = self.run, last.run
         return (
             last.end_s == self._start_s
+            and last.steps < before.max_steps
             and run.allocation == before.allocation
             and run.requests == before.requests
             and run.context_lens == before.context_lens

@@ -123,7 +123,7 @@ def test_boundaries_ascend_from_the_start_to_the_end_and_the_clock_has_passed_th
     launched_s = executor.now()
     executor.launch(prefill(1, *sequences(5)))
     executor.launch(decode(2, Request(7, 0.0, PROMPT, 6)))
-    records = []
+    records: list[StepRecord] = []
     while len(records) < 2:
         records += executor.wait(None)
         assert all(record.end_s <= executor.now() for record in records)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import os
 import subprocess
 import sys
 import threading
@@ -12,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from subprocesses import elsewhere
 
 import green_context_lib as green_context
 from semipd import CudaError
 from semipd.partition import release_idle
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture

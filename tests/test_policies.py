@@ -128,8 +128,8 @@ def test_adaptive_answers_the_same_whatever_it_was_asked_before(load: Load, befo
 
 
 @given(x=st.floats(1, 1e9))
-def test_adaptive_rounds_a_load_up_by_less_than_a_quarter_octave_and_one(x: float) -> None:
-    assert x <= round_up(x) <= 2**0.25 * x + 1
+def test_adaptive_rounds_a_load_up_by_less_than_a_third_of_an_octave_and_one(x: float) -> None:
+    assert x <= round_up(x) <= 2 ** (1 / 3) * x + 1
 
 
 def test_adaptive_prices_a_load_once() -> None:
