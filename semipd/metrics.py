@@ -45,7 +45,7 @@ class Log:
         self._first_id, self._first_s = array("q"), array("d")
         self._finish_id, self._finish_s = array("q"), array("d")
 
-        self._requests: tuple[Request, ...] = ()  # of the last decode run, where _batch is still just these
+        self._requests: tuple[Request, ...] = ()  # of the last decode run; none once one was prefilled anew
         self._batch: set[int] = set()  # sequences whose last token came at the last decode step
         self._batch_s = 0.0  # its end
         self._token_s: dict[int, float] = {}  # last token of each other sequence that is to get more
@@ -88,9 +88,7 @@ class Log:
         self._decode_stayed.append(len(requests) - joined)
         self._batch_s = record.end_s
         self.tokens += record.steps * len(requests)
-        if record.finished:
-            self._batch.difference_update(record.finished)
-            self._requests = ()
+        self._batch.difference_update(record.finished)
 
     def _append_prefill(self, record: StepRecord) -> None:
         """The last layer gives a token to each request whose prompt it completes."""

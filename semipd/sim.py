@@ -172,22 +172,18 @@ class SimExecutor:
         self._look = self._changed = False
 
     def _wake_for(self, flight: PrefillFlight | DecodeFlight) -> None:
-        at_s = flight.priced_to_s
-        if at_s < self._priced_to_s:
-            self._priced_to_s = at_s
-        if flight.wakes_s != at_s:
-            flight.wakes_s = at_s
-            self._wake(at_s)
+        self._priced_to_s = min(self._priced_to_s, flight.priced_to_s)
+        if flight.wakes_s != flight.priced_to_s:
+            flight.wakes_s = flight.priced_to_s
+            self._wake(flight.wakes_s)
 
     def _wake(self, at_s: float) -> None:
         """Have the clock stop at this time. There is no need to cancel this: a stop too many changes nothing."""
-        delay_s = at_s - self._env.now
-        event = self._env.timeout(delay_s if delay_s > 0 else 0.0, at_s)
+        event = self._env.timeout(max(at_s - self._env.now, 0.0), at_s)
         event.callbacks.append(self._tick)
 
     def _tick(self, event: simpy.Event) -> None:
-        if event.value > self._now_s:
-            self._now_s = event.value
+        self._now_s = max(self._now_s, event.value)
 
 
 class Flight(ABC, Generic[Other]):
@@ -237,8 +233,7 @@ class Flight(ABC, Generic[Other]):
         if now_s < self.priced_to_s and beside == self._beside:
             return
         if len(self._seconds):
-            if now_s > self.priced_to_s:
-                now_s = self.priced_to_s
+            now_s = min(now_s, self.priced_to_s)
             self._close(now_s, cost)
         self._beside = beside
         steps = min(self._steps - self._done, STRETCH_STEPS)

@@ -358,6 +358,11 @@ def test_a_burst_that_is_worked_off_is_a_backlog(at: float) -> None:
     assert saturation(arrival_s, one_server(arrival_s, 0.5)) == "backlogged"
 
 
+def test_a_long_queue_that_grows_no_longer_is_a_backlog() -> None:
+    arrival_s = np.sort(np.concatenate([np.zeros(300), np.arange(1000.0)]))
+    assert saturation(arrival_s, one_server(arrival_s, 1.0)) == "backlogged"
+
+
 def test_all_at_once_is_a_backlog_if_many() -> None:
     for n, expected in ((5, "stable"), (50, "backlogged")):
         arrival_s = np.zeros(n)

@@ -275,6 +275,20 @@ def test_a_yield_at_a_boundary_at_which_prices_changed_takes_effect_at_once() ->
     assert record.ends_s.tolist() == [2.0, 4.0]
 
 
+def test_a_run_beside_one_that_takes_no_time_goes_on_as_if_it_had_not_been_there() -> None:
+    executor = SimExecutor(Contended(layer_s=0.0, decode_slower=2.0))
+    executor.launch(decode(steps=9))
+    for at_s in (0.5, 3.0):
+        executor.wait(at_s)
+        executor.launch(prefill(1))
+        assert [record.run.id for record in executor.wait(None)] == [1]
+        assert executor.now() == at_s
+    executor.yield_(2)  # at a boundary at which it was priced anew
+    (record,) = executor.wait(None)
+    assert record.ends_s.tolist() == [1.0, 2.0, 3.0]
+    assert record.lookups == 4  # step 1 in two parts
+
+
 def test_a_boundary_to_yield_at_moves_with_the_price() -> None:
     executor = SimExecutor(Contended(decode_slower=3.0))
     executor.launch(decode(steps=9))
