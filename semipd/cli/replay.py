@@ -1,0 +1,205 @@
+"""``semipd replay`` and ``semipd compare``: a trace under one policy, or under several with the one to take."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from semipd.cli.session import INTERRUPTED, note, show, show_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from semipd.compare import Outcome, Setup
+    from semipd.core import StepRecord
+    from semipd.metrics import Summary
+
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the configuration; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+class ExecutorName(str, Enum):
+    """Where a replay runs."""
+
+    SIM = "sim"
+
+
+def replay(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the replay.")],
+    executor: Annotated[ExecutorName, typer.Option(help="Where it runs.")] = ExecutorName.SIM,
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help="Folder to save the run in.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace under one policy."""
+    from semipd.compare import prepare, simulate
+    from semipd.config import ReplayConfig, load
+
+    del executor  # there is one so far
+    found = load(config, ReplayConfig, tuple(sets or ()))
+    setup = prepare(found)
+    with _saved(out, found.model_dump(mode="json")) as each, _watched(found.policy, len(setup.trace)) as watch:
+        outcome = simulate(setup, found.policy, watch=watch, each=each)
+    if out is not None:
+        _save(out, outcome)
+    if as_json:
+        show_json(outcome.summary.to_json())
+    else:
+        from semipd.report.comparison import summary_report
+
+        show(summary_report(outcome.summary, setup.profile, setup.trace.name))
+    _note_outside([outcome.summary])
+    if not outcome.complete:
+        note(f"interrupted: {outcome.summary.completed} of {outcome.summary.requests} requests are complete")
+        raise typer.Exit(INTERRUPTED)
+
+
+def compare(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of the comparison.")] = None,
+    trace: Annotated[str | None, typer.Option(metavar="F", help="Trace file, or the name of a shipped one.")] = None,
+    profile: Annotated[str | None, typer.Option(metavar="P", help="Profile: a shipped name or a folder.")] = None,
+    policies: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only these: exclusive, static-N, adaptive.  [default: all]")
+    ] = None,
+    rate_scale: Annotated[float | None, typer.Option(help="Multiply the arrival rate.")] = None,
+    slo: Annotated[str | None, typer.Option(metavar="NAME", help="Latency targets: the name of a preset.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Replays at a time.  [default: the CPUs there are]")] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace under every policy, and say which one to take; by default the shipped comparison."""
+    from semipd.compare import judge, policy_names, prepare, run_all
+    from semipd.config import CompareConfig, build, read_yaml
+
+    options = {
+        "trace.path": json.dumps(trace) if trace is not None else None,
+        "profile": json.dumps(profile) if profile is not None else None,
+        "policies": json.dumps(policies.split(",")) if policies is not None else None,
+        "trace.rate_scale": rate_scale,
+        "trace.limit": limit,
+        "slo": json.dumps(slo) if slo is not None else None,
+    }
+    if trace is not None and rate_scale is None and config is None:
+        options["trace.rate_scale"] = 1.0  # the default's belongs to its own trace
+    given = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
+    data = CompareConfig().model_dump() if config is None else read_yaml(config)
+    found = build(data, CompareConfig, "command line" if config is None else str(config), (*(sets or ()), *given))
+    setup = prepare(found)
+    names = policy_names(found.policies, setup)
+    runs, interrupted = _run_all(setup, names, min(jobs or os.cpu_count() or 1, len(names)), run_all)
+    if not runs:
+        raise KeyboardInterrupt
+    result = judge(setup, runs)
+    if as_json:
+        show_json(result.to_json())
+    else:
+        from semipd.report.comparison import comparison_report
+
+        show(comparison_report(result))
+    _note_outside(runs)
+    if interrupted:
+        note(f"interrupted: {len(runs)} of {len(names)} policies are complete")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _run_all(
+    setup: Setup, names: tuple[str, ...], jobs: int, run_all: Callable[..., Iterator[Summary]]
+) -> tuple[list[Summary], bool]:
+    """The summaries, with progress on stderr, and whether Ctrl-C cut them short."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    runs: list[Summary] = []
+    columns = (TextColumn("replaying"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=len(names))
+        try:
+            for summary in run_all(setup, names, jobs):
+                runs.append(summary)
+                bar.advance(task)
+        except KeyboardInterrupt:
+            return runs, True
+    return runs, False
+
+
+@contextmanager
+def _watched(policy: str, requests: int) -> Iterator[Callable[[float, int], None]]:
+    """A progress bar on stderr: requests finished, simulated time, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(policy), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = TextColumn("simulated {task.fields[now_s]:.0f} s")
+    with Progress(*columns, shown, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=requests, now_s=0.0)
+        yield lambda now_s, finished: bar.update(task, completed=finished, now_s=now_s)
+
+
+@contextmanager
+def _saved(out: Path | None, config: dict[str, Any]) -> Iterator[Callable[[StepRecord], None] | None]:
+    """Save the configuration, and every run as it ends, into ``out``: config.yaml and runs.csv."""
+    if out is None:
+        yield None
+        return
+    import yaml
+
+    from semipd.core import InputError
+
+    if (out / "summary.json").exists():
+        raise InputError(f"{out}: holds a run; expected a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    with (out / "runs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ("run", "phase", "allocation", "sms", "start_s", "end_s", "steps", "requests", "new_tokens", "finished")
+        )
+
+        def each(record: StepRecord) -> None:
+            run = record.run
+            writer.writerow(
+                (
+                    run.id,
+                    run.phase.value,
+                    run.allocation.name,
+                    run.sms,
+                    repr(record.start_s),
+                    repr(record.end_s),
+                    record.steps,
+                    len(run.requests),
+                    sum(run.new_tokens),
+                    " ".join(map(str, record.finished)),
+                )
+            )
+
+        yield each
+
+
+def _save(out: Path, outcome: Outcome) -> None:
+    """Write summary.json and requests.csv; empty fields are what did not happen."""
+    (out / "summary.json").write_text(json.dumps(outcome.summary.to_json(), indent=1) + "\n", encoding="utf-8")
+    columns = outcome.requests.columns()
+    with (out / "requests.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in zip(*(column.tolist() for column in columns.values()), strict=True):
+            writer.writerow("" if value != value else repr(value) for value in row)
+    note(f"saved: {out}")
+
+
+def _note_outside(runs: list[Summary]) -> None:
+    outside = max((run.extrapolated_share or 0.0 for run in runs), default=0.0)
+    if outside:
+        note(f"warning: up to {100 * outside:.2g} % of cost look-ups fell outside the measured grid and were clamped")

@@ -1,0 +1,245 @@
+"""Replays in simulation: one policy on one trace, or several side by side with the one to take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed
+
+from semipd.config import CompareConfig, ReplayConfig, SchedulerOptions, TraceConfig, slo_of
+from semipd.core import InputError, Slo, StepRecord
+from semipd.cost import TableCost
+from semipd.driver import replay
+from semipd.metrics import Log, RequestTable, Summary, request_table, summarise
+from semipd.policies import all_names, make_policy
+from semipd.profile import Profile, load_profile
+from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.sim import SimExecutor
+from semipd.trace import Trace, head, read_trace, scale_rate, shipped
+
+ALIKE = 0.99
+"""Goodputs within 1 % of the best count as equal: a tail latency then decides."""
+
+WATCH_EVERY = 256  # records between two calls of a watcher
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a replay needs but its policy, read and checked. Can be pickled."""
+
+    trace: Trace
+    profile: Profile
+    cost: TableCost
+    slo: Slo
+    scheduler: SchedulerConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One replay: its summary, and what each request met. ``complete`` is False when Ctrl-C ended it early."""
+
+    summary: Summary
+    requests: RequestTable
+    complete: bool
+
+
+def prepare(config: ReplayConfig | CompareConfig) -> Setup:
+    """Read the trace and the profile that a configuration names.
+
+    Raises InputError for whatever is missing or malformed in them.
+    """
+    profile = load_profile(config.profile)
+    return Setup(
+        trace=load_trace(config.trace),
+        profile=profile,
+        cost=profile.cost(),
+        slo=slo_of(config.slo),
+        scheduler=scheduler_config(config.scheduler, profile),
+    )
+
+
+def load_trace(config: TraceConfig) -> Trace:
+    """The trace of that file or shipped name, cut and scaled. Raises InputError as the reader does."""
+    path = Path(config.path)
+    if not path.exists() and path.name == config.path:
+        path = shipped(config.path)
+    trace = read_trace(path, config.format)
+    return scale_rate(trace if config.limit is None else head(trace, config.limit), config.rate_scale)
+
+
+def scheduler_config(options: SchedulerOptions, profile: Profile) -> SchedulerConfig:
+    """Batching limits, with the KV blocks that fit beside the weights.
+
+    Raises InputError when not a single block does.
+    """
+    free_bytes = options.gpu_memory_utilization * profile.device_memory_bytes - profile.weights_bytes
+    blocks = int(free_bytes // (profile.kv_bytes_per_token * options.block_size))
+    if blocks < 1:
+        raise InputError(
+            f"scheduler.gpu_memory_utilization: found {options.gpu_memory_utilization}, which leaves "
+            f"{free_bytes / 2**30:.1f} GiB for the KV cache; expected room for a block of "
+            f"{options.block_size} tokens"
+        )
+    return SchedulerConfig(
+        num_blocks=blocks,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
+        decode_steps=options.decode_steps,
+    )
+
+
+def simulate(
+    setup: Setup,
+    policy: str,
+    *,
+    watch: Callable[[float, int], None] | None = None,
+    each: Callable[[StepRecord], None] | None = None,
+) -> Outcome:
+    """Replay the trace in simulation under one policy.
+
+    Args:
+        setup: What to replay.
+        policy: Name of the policy; InputError when unknown.
+        watch: Called now and then with the simulated seconds and the requests finished so far.
+        each: Called with every record, as runs end.
+
+    Ctrl-C ends the replay: the outcome then holds what was complete.
+    """
+    scheduler = Scheduler(
+        setup.scheduler,
+        make_policy(policy, setup.cost, setup.slo),
+        device_sms=setup.cost.device_sms,
+        layers=setup.cost.layers,
+    )
+    log, finished, complete = Log(), 0, True
+    start_s = time.perf_counter()
+    try:
+        for count, record in enumerate(replay(setup.trace.requests(), scheduler, SimExecutor(setup.cost))):
+            log.append(record)
+            finished += len(record.finished)
+            if each is not None:
+                each(record)
+            if watch is not None and count % WATCH_EVERY == 0:
+                watch(record.end_s, finished)
+    except KeyboardInterrupt:
+        complete = False
+    summary = summarise(
+        log,
+        setup.trace,
+        policy=policy,
+        slo=setup.slo,
+        dropped=[request.id for request, _ in scheduler.dropped],
+        preemptions=scheduler.preemptions,
+        switches=scheduler.switches,
+        kv_peak_share=scheduler.blocks.peak_used / scheduler.blocks.num_blocks,
+        wall_s=time.perf_counter() - start_s,
+    )
+    return Outcome(summary, request_table(log, setup.trace), complete)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same trace under several policies. ``reason``: in one sentence, why the recommended one."""
+
+    trace: str
+    profile: Profile
+    runs: tuple[Summary, ...]
+    best_static: str | None
+    recommended: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``semipd compare --json``."""
+        return {
+            "trace": self.trace,
+            "profile": self.profile.name,
+            "runs": [run.to_json() for run in self.runs],
+            "best_static": self.best_static,
+            "recommended": self.recommended,
+            "reason": self.reason,
+        }
+
+
+def policy_names(asked: Sequence[str], setup: Setup) -> tuple[str, ...]:
+    """The policies to compare, all of them when none is asked for. Raises InputError for an unknown one."""
+    for name in asked:
+        make_policy(name, setup.cost, setup.slo)
+    return tuple(dict.fromkeys(asked)) or all_names(setup.cost)
+
+
+def run_all(setup: Setup, policies: Sequence[str], jobs: int) -> Iterator[Summary]:
+    """Replay under each policy, ``jobs`` at a time in processes of their own; summaries as they come."""
+    if jobs == 1:
+        for name in policies:
+            outcome = simulate(setup, name)
+            if not outcome.complete:
+                raise KeyboardInterrupt
+            yield outcome.summary
+        return
+    work = (delayed(_summary)(setup, name) for name in policies)
+    yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(work)
+
+
+def _summary(setup: Setup, policy: str) -> Summary:
+    return simulate(setup, policy).summary
+
+
+def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
+    """Order the runs as their policies are named, find the best static split and the policy to take.
+
+    The best has the most goodput; among those within 1 % of it, the one whose p99 latencies leave the most
+    room below their targets. Raises ValueError without a run.
+    """
+    order = {name: place for place, name in enumerate(all_names(setup.cost))}
+    ordered = tuple(sorted(runs, key=lambda run: order[run.policy]))
+    best = _best(ordered)
+    statics = [run for run in ordered if run.policy.startswith("static-")]
+    static = _best(statics) if statics else None
+    return Comparison(
+        trace=setup.trace.name,
+        profile=setup.profile,
+        runs=ordered,
+        best_static=static.policy if static else None,
+        recommended=best.policy,
+        reason=_reason(ordered, best, static),
+    )
+
+
+def _best(runs: Sequence[Summary]) -> Summary:
+    most = max(run.goodput_rps or 0.0 for run in runs)
+    return min((run for run in runs if (run.goodput_rps or 0.0) >= ALIKE * most), key=_tail)
+
+
+def _tail(run: Summary) -> float:
+    """The larger of p99 TTFT and p99 TPOT, as a share of its target."""
+    if run.ttft_s is None or run.tpot_s is None:
+        return float("inf")
+    return max(run.ttft_s.p99 / run.slo.ttft_s, run.tpot_s.p99 / run.slo.tpot_s)
+
+
+def _reason(runs: Sequence[Summary], best: Summary, static: Summary | None) -> str:
+    """One sentence: what the recommended policy reaches, and what the others that matter do."""
+    named = {run.policy: run for run in runs}
+    rivals = [named[name] for name in ("adaptive", "exclusive") if name in named and name != best.policy]
+    if static is not None and static is not best:
+        rivals.insert(0, static)
+    said = f"Take {best.policy}: it meets both targets for {_reached(best)}"
+    if rivals:
+        said += ", where " + " and ".join(f"{run.policy} does for {_reached(run)}" for run in rivals)
+    if best.policy != "adaptive" and "adaptive" in named:
+        said += "; adaptive loses here"
+    return said + "."
+
+
+def _reached(run: Summary) -> str:
+    if run.ttft_s is None or run.tpot_s is None or run.slo_attainment is None:
+        return "none"
+    return (
+        f"{100 * run.slo_attainment:.1f} % of requests "
+        f"(p99 TTFT {run.ttft_s.p99:.3g} s, p99 TPOT {1e3 * run.tpot_s.p99:.3g} ms)"
+    )

@@ -1,0 +1,110 @@
+"""Replays as tables: summaries in, rich tables out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from semipd.compare import Comparison
+from semipd.core import Slo
+from semipd.metrics import Distribution, Summary
+from semipd.profile import Profile
+
+TAKE, STATIC = "★", "•"
+
+_COLUMNS = ("TTFT\np50", "s\np90", "\np99", "TPOT\np50", "ms\np90", "\np99")
+
+
+def comparison_report(found: Comparison) -> RenderableType:
+    """The runs of a comparison, the best static split and the recommended policy marked, and why."""
+    marks = {found.best_static: STATIC, found.recommended: TAKE}
+    title = f"{found.trace}: {found.runs[0].requests:,} requests; {_targets(found.runs[0].slo)}"
+    return Group(
+        Text(title),
+        _table(found.runs, marks),
+        _notes(found),
+    )
+
+
+def summary_report(summary: Summary, profile: Profile, trace: str) -> RenderableType:
+    """One replay."""
+    title = f"{trace}: {summary.requests:,} requests; {_targets(summary.slo)}"
+    lines = [
+        f"Completed {summary.completed:,}, dropped {summary.dropped:,}, preemptions {summary.preemptions:,}; "
+        f"{summary.saturation}.",
+        f"Time in split: {_splits(summary)}.",
+        *_caveats([summary], profile),
+    ]
+    return Group(Text(title), _table([summary], {}), *(Text(line) for line in lines))
+
+
+def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("\npolicy", no_wrap=True)
+    for name in (*_COLUMNS, "SLO\n%", "good\nrps", "\nswitch", "split\n%", "full\n%", "idle\n%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        full, idle = run.time_in_split.get("full", 0.0), run.time_in_split.get("idle", 0.0)
+        table.add_row(
+            f"{run.policy} {marks.get(run.policy, '')}".rstrip(),
+            *_percentiles(run.ttft_s, 1.0, 3),
+            *_percentiles(run.tpot_s, 1e3, 2),
+            "-" if run.slo_attainment is None else f"{100 * run.slo_attainment:.1f}",
+            "-" if run.goodput_rps is None else _number(run.goodput_rps),
+            f"{run.switches}",
+            *(f"{100 * share:.0f}" for share in (1 - full - idle, full, idle)),
+        )
+    return table
+
+
+def _notes(found: Comparison) -> Text:
+    lines = [f"{TAKE} {found.reason}"]
+    if found.best_static is not None and found.best_static != found.recommended:
+        lines.append(f"{STATIC} the best static split: {found.best_static}.")
+    lines += [f"Time in split of adaptive: {_splits(run)}." for run in found.runs if run.policy == "adaptive"]
+    return Text("\n".join([*lines, *_caveats(found.runs, found.profile)]))
+
+
+def _caveats(runs: Sequence[Summary], profile: Profile) -> list[str]:
+    """What one has to know to read the figures: what was simulated, by which predictor, and where it stops."""
+    lines = [
+        "SLO %: requests that met both targets, good rps: these per second; switch: changes of the partitions; "
+        "split, full, idle %: of the time, in a split, on the whole device, with nothing in flight.",
+        f"Simulated on {profile.device}, {profile.name}. {profile.description}",
+    ]
+    if any(run.policy == "adaptive" for run in runs):
+        lines.append("adaptive predicts with the very tables that the simulation runs on: a perfect predictor.")
+    unsteady = [f"{run.policy} {run.saturation}" for run in runs if run.saturation != "stable"]
+    if unsteady:
+        lines.append(f"Did not keep up with arrivals: {', '.join(unsteady)}.")
+    outside = max((run.extrapolated_share or 0.0 for run in runs), default=0.0)
+    if outside:
+        lines.append(f"Up to {100 * outside:.2g} % of a run's cost look-ups fell outside the measured grid.")
+    return lines
+
+
+def _splits(run: Summary) -> str:
+    shares = sorted(run.time_in_split.items(), key=lambda item: -item[1])
+    shown = [f"{name} {100 * share:.0f} %" for name, share in shares if share >= 0.005]
+    return ", ".join(shown) + (", others under 1 %" if len(shown) < len(shares) else "")
+
+
+def _targets(slo: Slo) -> str:
+    return f"SLO {slo.name}: TTFT {slo.ttft_s:g} s, TPOT {1e3 * slo.tpot_s:g} ms"
+
+
+def _percentiles(values: Distribution | None, scale: float, decimals: int) -> tuple[str, str, str]:
+    if values is None:
+        return "-", "-", "-"
+    p50, p90, p99 = (_number(scale * x, decimals) for x in (values.p50, values.p90, values.p99))
+    return p50, p90, p99
+
+
+def _number(value: float, decimals: int = 2) -> str:
+    """Three significant digits; below one, that many decimals."""
+    digits = decimals if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
