@@ -10,7 +10,7 @@ from typing import Any
 
 from joblib import Parallel, delayed
 
-from semipd.config import CompareConfig, ReplayConfig, SchedulerOptions, TraceConfig, slo_of
+from semipd.config import SchedulerOptions, TraceConfig, Workload
 from semipd.core import InputError, Slo, StepRecord
 from semipd.cost import TableCost
 from semipd.driver import replay
@@ -47,7 +47,7 @@ class Outcome:
     complete: bool
 
 
-def prepare(config: ReplayConfig | CompareConfig) -> Setup:
+def prepare(config: Workload) -> Setup:
     """Read the trace and the profile that a configuration names.
 
     Raises InputError for whatever is missing or malformed in them.
@@ -57,7 +57,7 @@ def prepare(config: ReplayConfig | CompareConfig) -> Setup:
         trace=load_trace(config.trace),
         profile=profile,
         cost=profile.cost(),
-        slo=slo_of(config.slo),
+        slo=config.targets,
         scheduler=scheduler_config(config.scheduler, profile),
     )
 
@@ -231,8 +231,9 @@ def _reason(runs: Sequence[Summary], best: Summary, static: Summary | None) -> s
     said = f"Take {best.policy}: it meets both targets for {_reached(best)}"
     if rivals:
         said += ", where " + " and ".join(f"{run.policy} does for {_reached(run)}" for run in rivals)
-    if best.policy != "adaptive" and "adaptive" in named:
-        said += "; adaptive loses here"
+    if "adaptive" in named and best.policy != "adaptive":
+        alike = (named["adaptive"].goodput_rps or 0.0) >= ALIKE * (best.goodput_rps or 0.0)
+        said += "; adaptive serves as many, with longer tails" if alike else "; adaptive loses here"
     return said + "."
 
 

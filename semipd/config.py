@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from semipd.core import InputError, Slo
 
@@ -47,17 +47,54 @@ class SloConfig(Strict):
     tpot_s: PositiveFloat
 
 
-class ReplayConfig(Strict):
-    """One replay: trace, profile, policy, SLO, scheduler. ``slo`` is a preset's name or its two targets."""
+SLOS: dict[str, Slo] = {
+    # MLPerf Inference v5.1, Llama-3.1-8B: p99 TTFT and TPOT of the Server and Interactive scenarios.
+    "mlperf-8b": Slo(2.0, 0.1, "mlperf-8b"),
+    "mlperf-8b-interactive": Slo(0.5, 0.03, "mlperf-8b-interactive"),
+    # MLPerf Inference v4.1/v5.0, Llama-2-70B.
+    "mlperf-70b": Slo(2.0, 0.2, "mlperf-70b"),
+    "mlperf-70b-interactive": Slo(0.45, 0.04, "mlperf-70b-interactive"),
+    # semi-PD (arXiv 2504.19867) table 2, Llama-3-8B.
+    "semipd-8b-sharegpt-tight": Slo(0.3, 0.15, "semipd-8b-sharegpt-tight"),
+    "semipd-8b-sharegpt-loose": Slo(0.4, 0.2, "semipd-8b-sharegpt-loose"),
+    "semipd-8b-longbench-tight": Slo(2.25, 0.13, "semipd-8b-longbench-tight"),
+    "semipd-8b-longbench-loose": Slo(3.0, 0.18, "semipd-8b-longbench-loose"),
+    # Mooncake (FAST'25) section 5: TTFT 30 s, TBT 100, 200 or 300 ms.
+    "mooncake-100": Slo(30.0, 0.1, "mooncake-100"),
+    "mooncake-200": Slo(30.0, 0.2, "mooncake-200"),
+    "mooncake-300": Slo(30.0, 0.3, "mooncake-300"),
+}
+
+
+class Workload(Strict):
+    """What is replayed, on what, and by which targets it is judged: a preset's name, or TTFT and TPOT."""
 
     trace: TraceConfig = TraceConfig()
     profile: str = "h200/gqa-64-8-128"
-    policy: str = "adaptive"
     slo: str | SloConfig = "mlperf-8b-interactive"
     scheduler: SchedulerOptions = SchedulerOptions()
 
+    @field_validator("slo")
+    @classmethod
+    def _known(cls, found: str | SloConfig) -> str | SloConfig:
+        if isinstance(found, str) and found not in SLOS:
+            raise ValueError(f"found {found!r}; expected ttft_s and tpot_s, or one of {', '.join(sorted(SLOS))}")
+        return found
 
-class CompareConfig(Strict):
+    @property
+    def targets(self) -> Slo:
+        """The latency targets."""
+        found = self.slo
+        return SLOS[found] if isinstance(found, str) else Slo(found.ttft_s, found.tpot_s)
+
+
+class ReplayConfig(Workload):
+    """One replay, under one policy."""
+
+    policy: str = "adaptive"
+
+
+class CompareConfig(Workload):
     """One comparison: the same replay under several policies. ``policies`` empty means all of them.
 
     The default is the shipped comparison: eight times the rate of the shipped trace, where attention alone is near
@@ -65,14 +102,7 @@ class CompareConfig(Strict):
     """
 
     trace: TraceConfig = TraceConfig(rate_scale=8.0)
-    profile: str = "h200/gqa-64-8-128"
     policies: tuple[str, ...] = ()
-    slo: str | SloConfig = "mlperf-8b-interactive"
-    scheduler: SchedulerOptions = SchedulerOptions()
-
-    def replay(self, policy: str) -> ReplayConfig:
-        """The replay of one of its policies."""
-        return ReplayConfig(policy=policy, **{k: v for k, v in self if k != "policies"})
 
 
 class Attention(Strict):
@@ -276,39 +306,11 @@ def _set(data: dict[str, Any], override: str) -> None:
     *parents, last = name.split(".")
     place = data
     for parent in parents:
-        inner = place.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise InputError(f"--set {override}: {parent} is {inner!r}; expected a mapping")
+        inner = place.get(parent)
+        if not isinstance(inner, dict):  # as a preset's name gives way to targets
+            inner = place[parent] = {}
         place = inner
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not YAML") from None
-
-
-SLOS: dict[str, Slo] = {
-    # MLPerf Inference v5.1, Llama-3.1-8B: p99 TTFT and TPOT of the Server and Interactive scenarios.
-    "mlperf-8b": Slo(2.0, 0.1, "mlperf-8b"),
-    "mlperf-8b-interactive": Slo(0.5, 0.03, "mlperf-8b-interactive"),
-    # MLPerf Inference v4.1/v5.0, Llama-2-70B.
-    "mlperf-70b": Slo(2.0, 0.2, "mlperf-70b"),
-    "mlperf-70b-interactive": Slo(0.45, 0.04, "mlperf-70b-interactive"),
-    # semi-PD (arXiv 2504.19867) table 2, Llama-3-8B.
-    "semipd-8b-sharegpt-tight": Slo(0.3, 0.15, "semipd-8b-sharegpt-tight"),
-    "semipd-8b-sharegpt-loose": Slo(0.4, 0.2, "semipd-8b-sharegpt-loose"),
-    "semipd-8b-longbench-tight": Slo(2.25, 0.13, "semipd-8b-longbench-tight"),
-    "semipd-8b-longbench-loose": Slo(3.0, 0.18, "semipd-8b-longbench-loose"),
-    # Mooncake (FAST'25) section 5: TTFT 30 s, TBT 100, 200 or 300 ms.
-    "mooncake-100": Slo(30.0, 0.1, "mooncake-100"),
-    "mooncake-200": Slo(30.0, 0.2, "mooncake-200"),
-    "mooncake-300": Slo(30.0, 0.3, "mooncake-300"),
-}
-
-
-def slo_of(found: str | SloConfig) -> Slo:
-    """A preset by name, or given targets. Raises InputError listing the presets."""
-    if isinstance(found, SloConfig):
-        return Slo(found.ttft_s, found.tpot_s)
-    if found not in SLOS:
-        raise InputError(f"slo: found {found!r}; expected ttft_s and tpot_s, or one of {', '.join(sorted(SLOS))}")
-    return SLOS[found]

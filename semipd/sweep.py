@@ -343,7 +343,7 @@ class TableWriter(Generic[Point]):
     """Appends points to a table as they are measured, so that an interrupt loses nothing.
 
     With ``resume`` the points already in the file are kept and known by their keys; without it an existing
-    file is refused with InputError. Every row is on disk when ``add`` returns.
+    file is refused with InputError. Every row is on disk when ``add`` returns; the provenance lists every resumption.
     """
 
     def __init__(self, path: Path, cls: type[Point], provenance: dict[str, object], *, resume: bool = False) -> None:
@@ -356,7 +356,8 @@ class TableWriter(Generic[Point]):
             self._drop_torn_row()
             if path.stat().st_size:  # else the interrupt came before the header was whole
                 self.points = read_points(path, cls)
-            self._check_same_work(provenance)
+            if self.points:
+                self._resume(provenance)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self.points:
             path.write_text(",".join(self._names) + "\n", encoding="utf-8")
@@ -364,14 +365,14 @@ class TableWriter(Generic[Point]):
         self._done = {point.key for point in self.points}
 
     def _drop_torn_row(self) -> None:
-        """Cut a last row that an interrupt left without its line end."""
+        """Cut a last row that an interrupt left without its line end, the header too; a file of others is kept."""
         text = self.path.read_bytes()
-        if not text.endswith(b"\n"):
+        header = ",".join(self._names).encode()
+        if not text.endswith(b"\n") and (b"\n" in text or header.startswith(text)):
             self.path.write_bytes(text[: text.rfind(b"\n") + 1])
 
-    def _check_same_work(self, provenance: dict[str, object]) -> None:
-        if not self.points:
-            return
+    def _resume(self, provenance: dict[str, object]) -> None:
+        """Note in the provenance by which command, commit and date the table goes on."""
         before = read_provenance(self.path)
         for name in ("gpu", "device_sms", "work"):
             if before.get(name) != provenance.get(name):
@@ -379,6 +380,10 @@ class TableWriter(Generic[Point]):
                     f"{provenance_path(self.path)}: {name}: found {before.get(name)!r}; expected "
                     f"{provenance.get(name)!r} to resume (use another --out for other work)"
                 )
+        resumed = before.setdefault("resumed", [])
+        if isinstance(resumed, list):
+            resumed.append({name: provenance.get(name) for name in ("command", "commit", "date")})
+        self._write_provenance(before)
 
     def _write_provenance(self, provenance: dict[str, object]) -> None:
         text = json.dumps(provenance, indent=1, sort_keys=True)

@@ -158,7 +158,7 @@ def test_the_shipped_specifications_are_fitted_by_the_commands_that_they_name(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("info", "none.csv"), "shipped trace: found 'none.csv', expected one of azure-2023-code.yaml"),
+        (("info", "none.csv"), "trace: found 'none.csv'; expected a file, or what is shipped: azure-2023-code.yaml"),
         (("info", "no/such.csv"), "no/such.csv: found no readable file"),
         (("info", "azure-conv-synth.csv", "--from", "csv"), "trace format: found 'csv', expected azure-csv or"),
         (("info", "azure-conv-synth.csv", "--from", "mooncake-jsonl"), "line 1: row: found"),

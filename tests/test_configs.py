@@ -6,11 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from semipd.config import DecodeSweep, HybridSweep, PrefillSweep, SweepConfig, load, read_yaml
+from semipd.compare import policy_names, prepare
+from semipd.config import (
+    CompareConfig,
+    DecodeSweep,
+    HybridSweep,
+    PrefillSweep,
+    ReplayConfig,
+    SweepConfig,
+    load,
+    read_yaml,
+)
 from semipd.core import InputError
 from semipd.profiler import decode_works, hybrid_plan, prefill_works, solo_sms
 
-SWEEPS = Path(__file__).parent.parent / "configs" / "sweeps"
+CONFIGS = Path(__file__).parent.parent / "configs"
+SWEEPS = CONFIGS / "sweeps"
 H200_SMS = 132
 
 
@@ -37,6 +48,20 @@ def points(config: SweepConfig) -> int:
 @pytest.mark.parametrize("path", configs(), ids=lambda path: path.stem)
 def test_a_checked_in_sweep_has_points_to_measure(path: Path) -> None:
     assert points(loaded(path)) > 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_checked_in_replay_or_comparison_names_what_there_is(path: Path) -> None:
+    schema = CompareConfig if path.stem.startswith("compare") else ReplayConfig
+    config = load(path, schema)
+    setup = prepare(config)
+    assert len(setup.trace) > 0
+    asked = config.policies if isinstance(config, CompareConfig) else (config.policy,)
+    assert policy_names(asked, setup)
+
+
+def test_the_file_of_the_default_comparison_says_what_the_command_does_without_one() -> None:
+    assert load(CONFIGS / "compare-azure-conv.yaml", CompareConfig) == CompareConfig()
 
 
 @pytest.mark.parametrize(

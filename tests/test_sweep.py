@@ -236,11 +236,21 @@ def test_resuming_a_table_that_is_not_there_begins_it(tmp_path: Path) -> None:
     assert read_points(writer.path, DecodePoint) == []
 
 
-def test_resuming_keeps_the_provenance_of_the_beginning(tmp_path: Path) -> None:
+def test_the_provenance_is_of_the_beginning_and_lists_every_resumption(tmp_path: Path) -> None:
     path = tmp_path / "decode.csv"
     TableWriter(path, DecodePoint, PROVENANCE).add(decode_points([8])[0])
-    TableWriter(path, DecodePoint, {**PROVENANCE, "command": "another"}, resume=True)
-    assert read_table(path, DecodePoint).provenance == PROVENANCE
+    again = [{"command": f"again {i}", "commit": f"c{i}", "date": f"d{i}"} for i in range(2)]
+    for how in again:
+        TableWriter(path, DecodePoint, {**PROVENANCE, **how}, resume=True)
+    assert read_table(path, DecodePoint).provenance == {**PROVENANCE, "resumed": again}
+
+
+def test_a_file_that_is_no_table_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "decode.csv"
+    path.write_text("a line of somebody else, without its end")
+    with pytest.raises(InputError, match="found columns a line of somebody else"):
+        TableWriter(path, DecodePoint, PROVENANCE, resume=True)
+    assert path.read_text() == "a line of somebody else, without its end"
 
 
 @pytest.mark.parametrize("field", ["gpu", "device_sms", "work"])

@@ -383,7 +383,9 @@ def test_shipped_traces_are_what_their_commands_draw(tmp_path: Path) -> None:
 
 def test_an_unknown_shipped_name_lists_the_known_ones() -> None:
     for name in ("nope", "../pyproject.toml", "README.md"):
-        with pytest.raises(InputError, match=r"shipped trace: found .* expected one of azure-2023-code\.yaml, azure-"):
+        with pytest.raises(
+            InputError, match=r"trace: found .*; expected a file, or what is shipped: azure-2023-code\.yaml, az"
+        ):
             shipped(name)
 
 

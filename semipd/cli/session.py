@@ -41,7 +41,8 @@ def gpu_bench(config: SweepConfig, command: str) -> Iterator[tuple[Bench, dict[s
 
     gqa = Gqa(**config.attention.model_dump())
     with GpuBench(gqa, config.step_sms, settle_ms=config.settle_ms, rest_ms=config.rest_ms) as bench:
-        yield bench, provenance(gqa, command)
+        load = {"settle_ms": config.settle_ms, "rest_ms": config.rest_ms}
+        yield bench, provenance(gqa, command) | load
 
 
 @dataclass(frozen=True)

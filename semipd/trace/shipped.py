@@ -17,5 +17,5 @@ def shipped(name: str) -> Path:
     folder = next((f for f in (package / "traces", package.parent / "traces") if f.is_dir()), package / "traces")
     names = sorted(f.name for f in folder.glob("*") if f.suffix != ".md")
     if name not in names:
-        raise InputError(f"shipped trace: found {name!r}, expected one of {', '.join(names) or 'none installed'}")
+        raise InputError(f"trace: found {name!r}; expected a file, or what is shipped: {', '.join(names) or 'nothing'}")
     return folder / name

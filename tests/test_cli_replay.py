@@ -1,0 +1,165 @@
+"""``semipd replay`` and ``semipd compare``: what they print, save and refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from synthetic_profile import write_profile
+from test_trace_read import TRACES
+
+from semipd.cli import main
+from semipd.config import ReplayConfig, load
+
+AZURE = TRACES / "azure-2023" / "AzureLLMInferenceTrace_conv.csv"
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_profile(tmp_path_factory.mktemp("profile") / "p")
+
+
+@pytest.fixture
+def config(tmp_path: Path, profile: Path) -> Path:
+    path = tmp_path / "replay.yaml"
+    data = {
+        "trace": {"path": "azure-conv-synth.csv", "limit": 150, "rate_scale": 3.0},
+        "profile": str(profile),
+        "policy": "static-16",
+        "slo": {"ttft_s": 1.0, "tpot_s": 0.05},
+    }
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def compared(*words: str) -> list[str]:
+    return ["compare", "--limit", "150", "--jobs", "1", *words]
+
+
+def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    out, err = capsys.readouterr()
+    assert err == ""
+    found = json.loads(out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_saved_replay_can_be_run_again_and_its_files_agree(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main(["replay", str(config), "--set", "policy=adaptive", "--out", str(a)]) == 0
+    assert main(["replay", str(a / "config.yaml"), "--out", str(b)]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"saved: {a}", f"saved: {b}"]
+    assert load(a / "config.yaml", ReplayConfig).policy == "adaptive"
+    for name in ("config.yaml", "requests.csv", "runs.csv"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    summary = json.loads((a / "summary.json").read_text())
+    with (a / "requests.csv").open() as file:
+        requests = list(csv.DictReader(file))
+    with (a / "runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert summary["completed"] == len(requests) == 150
+    ttft_s = [float(row["ttft_s"]) for row in requests]
+    assert summary["ttft_s"]["p90"] == np.percentile(ttft_s, 90)
+    assert sorted(i for row in runs for i in row["finished"].split()) == sorted(row["id"] for row in requests)
+    decoded = sum(int(row["steps"]) * int(row["requests"]) for row in runs if row["phase"] == "decode")
+    assert decoded == sum(int(row["output_tokens"]) - 1 for row in requests)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a"
+    assert main(["replay", str(config), "--out", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(["replay", str(config), "--set", "policy=exclusive", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {out}: holds a run; expected a new folder"
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_replay_prints_its_summary_as_one_document(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(config), "--json"]) == 0
+    found = document(capsys)
+    assert (found["policy"], found["requests"], found["completed"]) == ("static-16", 150, 150)
+    assert found["slo"] == {"ttft_s": 1.0, "tpot_s": 0.05}
+
+
+def test_a_comparison_document_holds_every_run(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(compared("--profile", str(profile), "--json")) == 0
+    found = document(capsys)
+    assert [run["policy"] for run in found["runs"]] == ["exclusive", "static-8", "static-16", "static-24", "adaptive"]
+    assert found["best_static"].startswith("static-")
+    assert found["recommended"] in {run["policy"] for run in found["runs"]}
+    assert found["profile"] == "synthetic"
+
+
+def test_the_options_of_a_comparison_reach_it(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--profile", str(profile), "--policies", "adaptive,static-8", "--slo", "mooncake-100", "--json")
+    assert main(compared(*words, "--rate-scale", "2")) == 0
+    once = document(capsys)
+    assert [run["policy"] for run in once["runs"]] == ["static-8", "adaptive"]
+    assert once["runs"][0]["slo"] == {"ttft_s": 30.0, "tpot_s": 0.1}
+    assert main(compared(*words, "--rate-scale", "1")) == 0
+    assert document(capsys)["runs"][0]["duration_s"] > 1.5 * once["runs"][0]["duration_s"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_tables_fit_the_terminal_and_no_number_is_cut(
+    width: int, config: Path, profile: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(compared("--profile", str(profile))) == 0
+    assert main(["replay", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+    said = " ".join(out.split())
+    assert "a perfect predictor" in said
+    assert said.count("closed forms, for tests") == 2  # what was simulated is said wherever results are shown
+
+
+def test_the_shipped_comparison_finds_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--policies", "exclusive,static-56,adaptive", "--json"]) == 0
+    found = document(capsys)
+    assert found["recommended"] == "static-56"
+    assert found["profile"] == "h200/gqa-64-8-128"
+    assert [run["extrapolated_share"] for run in found["runs"]] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.skipif(not AZURE.exists(), reason=f"the Azure conversation trace is not in {TRACES}")
+def test_the_azure_conversation_trace_completes_on_the_shipped_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--trace", str(AZURE), "--policies", "static-64,adaptive", "--json"]) == 0
+    for run in document(capsys)["runs"]:
+        assert (run["requests"], run["completed"], run["dropped"]) == (19_366, 19_366, 0)
+        assert run["extrapolated_share"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("compare", "--policies", "static-12"), "policy: found 'static-12'; expected static-N with N one of the"),
+        (("compare", "--policies", ""), "policy: found ''; expected exclusive, static-N"),
+        (("compare", "--slo", "fast"), "command line: slo: found 'fast'; expected ttft_s and tpot_s, or one of"),
+        (("compare", "--trace", "none.csv"), "trace: found 'none.csv'; expected a file, or what is shipped:"),
+        (("compare", "--profile", "none"), "profile: found 'none'; expected a folder or one of h200/gqa-64-8-128"),
+        (("compare", "--rate-scale", "0"), "command line: trace.rate_scale: found 0.0; expected greater than 0"),
+        (("compare", "--jobs", "0"), "Invalid value for '--jobs'"),
+        (("replay", "none.yaml"), "none.yaml: not found; expected a YAML file"),
+        (("replay",), "Missing argument 'CONFIG'"),
+        (("replay", "none.yaml", "--executor", "tpu"), "Invalid value for '--executor'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(list(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {line}")
+    assert err.count("\n") == 1

@@ -1,0 +1,186 @@
+"""Replays side by side: the laws that tie a summary to its trace, and which policy is called the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_profile import write_profile
+
+from semipd.compare import Comparison, Setup, judge, policy_names, prepare, run_all, scheduler_config, simulate
+from semipd.config import CompareConfig, SchedulerOptions, TraceConfig, build
+from semipd.core import InputError, Slo, StepRecord
+from semipd.metrics import Distribution, Summary
+from semipd.profile import load_profile
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_profile(tmp_path_factory.mktemp("profile") / "p")
+
+
+def config(profile: Path, **changed: object) -> CompareConfig:
+    given = {
+        "trace": {"path": "azure-conv-synth.csv", "limit": 120, "rate_scale": 2.0},
+        "profile": str(profile),
+        "slo": {"ttft_s": 1.0, "tpot_s": 0.05},
+    }
+    return build(given | changed, CompareConfig, "test")
+
+
+@pytest.fixture(scope="module")
+def setup(profile: Path) -> Setup:
+    return prepare(config(profile))
+
+
+def test_every_policy_completes_every_request_of_the_same_trace(setup: Setup) -> None:
+    names = policy_names((), setup)
+    assert names == ("exclusive", "static-8", "static-16", "static-24", "adaptive")
+    runs = list(run_all(setup, names, jobs=1))
+    assert [run.policy for run in runs] == list(names)
+    for run in runs:
+        assert (run.requests, run.completed, run.dropped) == (120, 120, 0)
+        assert math.isclose(sum(run.time_in_split.values()), 1.0)
+        assert run.output_throughput_tps is not None
+        assert run.output_throughput_tps * run.duration_s == pytest.approx(setup.trace.output_len.sum())
+
+
+def test_processes_of_their_own_find_the_same(setup: Setup) -> None:
+    names = ("exclusive", "static-16", "adaptive")
+    alone, apart = ({run.policy: replace(run, wall_s=None) for run in run_all(setup, names, jobs)} for jobs in (1, 2))
+    assert alone == apart
+
+
+def test_what_each_request_met_adds_up_to_the_summary(setup: Setup) -> None:
+    outcome = simulate(setup, "static-16")
+    table, summary = outcome.requests, outcome.summary
+    good = (table.ttft_s <= setup.slo.ttft_s) & (table.tpot_s <= setup.slo.tpot_s)
+    assert summary.slo_attainment == good.mean()
+    assert summary.ttft_s is not None
+    assert summary.ttft_s.p99 == np.percentile(table.ttft_s, 99)
+    assert outcome.complete
+
+
+def test_a_watcher_sees_time_and_finished_requests_grow(setup: Setup) -> None:
+    seen: list[tuple[float, int]] = []
+    simulate(setup, "static-16", watch=lambda now_s, finished: seen.append((now_s, finished)))
+    assert seen == sorted(seen)
+    assert seen[-1][1] <= 120
+
+
+def test_an_interrupted_replay_keeps_what_was_complete(setup: Setup) -> None:
+    finished: list[int] = []
+
+    def interrupt(record: StepRecord) -> None:
+        finished.extend(record.finished)
+        if len(finished) > 30:
+            raise KeyboardInterrupt
+
+    outcome = simulate(setup, "static-16", each=interrupt)
+    assert not outcome.complete
+    assert 30 < outcome.summary.completed == len(finished) < 120
+    assert outcome.summary.requests == 120
+    json.dumps(outcome.summary.to_json(), allow_nan=False)
+
+
+def test_the_kv_cache_gets_what_the_weights_leave(profile: Path) -> None:
+    found = load_profile(profile)
+    options = SchedulerOptions(gpu_memory_utilization=0.5, block_size=16)
+    blocks = scheduler_config(options, found).num_blocks
+    assert blocks == (found.device_memory_bytes // 2) // (16 * found.kv_bytes_per_token)
+    heavy = replace(found, weights_bytes=found.device_memory_bytes // 4)
+    assert scheduler_config(options, heavy).num_blocks == blocks // 2
+    with pytest.raises(InputError, match=r"^scheduler.gpu_memory_utilization: found 0.5, which leaves 0.0 GiB"):
+        scheduler_config(options, replace(found, weights_bytes=found.device_memory_bytes // 2))
+
+
+def test_unknown_names_are_refused_before_anything_runs(profile: Path, setup: Setup) -> None:
+    with pytest.raises(InputError, match="static-N with N one of the measured prefill SMs: 8, 16, 24"):
+        policy_names(("exclusive", "static-12"), setup)
+    with pytest.raises(InputError, match=r"^test: slo: found 'x'; expected ttft_s and tpot_s, or one of mlperf"):
+        prepare(config(profile, slo="x"))
+    with pytest.raises(InputError, match=r"^trace: found 'nowhere.csv'; expected a file, or what is shipped: "):
+        prepare(config(profile, trace=TraceConfig(path="nowhere.csv").model_dump()))
+    with pytest.raises(InputError, match="profile: found 'h100/x'; expected a folder or one of h200/gqa-64-8-128"):
+        prepare(CompareConfig(profile="h100/x"))
+
+
+# Which one to take
+
+
+def summary(policy: str, goodput_rps: float, ttft_p99_s: float = 0.5, tpot_p99_s: float = 0.01) -> Summary:
+    def all_at(value: float) -> Distribution:
+        return Distribution(value, value, value, value, value, value)
+
+    return Summary(
+        policy=policy,
+        requests=100,
+        completed=100,
+        dropped=0,
+        duration_s=10.0,
+        ttft_s=all_at(ttft_p99_s),
+        tpot_s=all_at(tpot_p99_s),
+        itl_s=all_at(tpot_p99_s),
+        e2e_s=all_at(1.0),
+        request_throughput_rps=10.0,
+        output_throughput_tps=100.0,
+        slo=Slo(1.0, 0.02),
+        slo_attainment=goodput_rps / 10,
+        goodput_rps=goodput_rps,
+        preemptions=0,
+        switches=0,
+        time_in_split={"full": 1.0},
+        kv_peak_share=0.5,
+        extrapolated_share=0.0,
+        saturation="stable",
+        wall_s=0.1,
+    )
+
+
+def judged(setup: Setup, *runs: Summary) -> Comparison:
+    return judge(setup, runs)
+
+
+def test_the_most_goodput_wins_and_the_best_static_split_is_named_beside_it(setup: Setup) -> None:
+    found = judged(setup, summary("adaptive", 9.0), summary("static-8", 5.0), summary("static-16", 7.0))
+    assert (found.best_static, found.recommended) == ("static-16", "adaptive")
+    assert [run.policy for run in found.runs] == ["static-8", "static-16", "adaptive"]
+    assert found.reason == (
+        "Take adaptive: it meets both targets for 90.0 % of requests (p99 TTFT 0.5 s, p99 TPOT 10 ms), where static-16 "
+        "does for 70.0 % of requests (p99 TTFT 0.5 s, p99 TPOT 10 ms)."
+    )
+
+
+def test_it_is_said_when_adaptive_loses(setup: Setup) -> None:
+    found = judged(setup, summary("adaptive", 6.0), summary("static-8", 9.0), summary("exclusive", 3.0))
+    assert (found.best_static, found.recommended) == ("static-8", "static-8")
+    assert found.reason.endswith("; adaptive loses here.")
+    assert "adaptive does for 60.0 %" in found.reason
+    assert "exclusive does for 30.0 %" in found.reason
+
+
+def test_among_equals_the_tail_decides_by_its_share_of_the_target(setup: Setup) -> None:
+    late, slow = summary("static-8", 9.0, ttft_p99_s=0.9), summary("static-16", 8.95, tpot_p99_s=0.016)
+    found = judged(setup, late, slow, summary("adaptive", 8.99, ttft_p99_s=0.95))
+    assert found.recommended == "static-16"  # 0.8 of its target, against 0.9
+    assert found.reason.endswith("; adaptive serves as many, with longer tails.")
+
+
+def test_without_a_static_split_there_is_no_best_one(setup: Setup) -> None:
+    found = judged(setup, summary("exclusive", 0.0))
+    assert (found.best_static, found.recommended) == (None, "exclusive")
+
+
+def test_the_document_has_the_fixed_names(setup: Setup) -> None:
+    document = judged(setup, summary("exclusive", 1.0), summary("static-8", 2.0)).to_json()
+    assert set(document) >= {"trace", "profile", "runs", "best_static", "recommended"}
+    assert document["trace"] == "azure-conv-synth"
+    assert set(document["runs"][0]) == {
+        "policy", "requests", "completed", "dropped", "duration_s", "ttft_s", "tpot_s", "itl_s", "e2e_s",
+        "request_throughput_rps", "output_throughput_tps", "slo", "slo_attainment", "goodput_rps", "preemptions",
+        "switches", "time_in_split", "kv_peak_share", "extrapolated_share", "saturation", "wall_s",
+    }  # fmt: skip
