@@ -29,6 +29,7 @@ MAX_LAYERS_PER_GRAPH = 48
 ROTATED_BYTES = 192 << 20  # rotate through this much data, three times an H200's L2
 LONG_STEP_MS = 100.0  # steps longer than this are measured once
 SLACK = 1.1  # more work is enqueued than a window should take, since clocks move
+KEPT_BYTES = 32 << 30  # of batches and graphs kept for the points that follow
 MARKS = 64  # timed graphs per stream in one window, at most
 SETTLE_MS = 60.0  # load before a measurement: a GPU at its power limit needs about this long to settle its clocks
 
@@ -83,12 +84,21 @@ class GpuBench:
 
     def close(self) -> None:
         """Wait for the device, drop graphs and kernels, release every partition."""
-        torch.cuda.synchronize()
-        self._lanes.clear()
-        self._kernels.clear()
+        self._forget()
         for bank in (self._capped, self._bank):
             if bank is not None:
                 bank.close()
+
+    def _forget(self) -> None:
+        """Drop every graph and batch, once nothing runs."""
+        torch.cuda.synchronize()
+        self._lanes.clear()
+        self._kernels.clear()
+
+    def _make_room(self) -> None:
+        """Before a point: a sweep over a grid must not fill the device with batches that are done with."""
+        if torch.cuda.memory_allocated() > KEPT_BYTES:
+            self._forget()
 
     @property
     def device_sms(self) -> int:
@@ -97,11 +107,13 @@ class GpuBench:
 
     def prefill(self, work: PrefillWork, backend: str, sms: int, marks: int) -> FloatArray:
         """Milliseconds of one layer, alone on ``sms`` SMs; shape [samples]."""
+        self._make_room()
         lane = self._lane(self._prefill_kernel(work, backend), self._solo_stream(sms), sms)
         return self._alone(lane, marks)
 
     def decode(self, work: DecodeWork, backend: str, sms: int, marks: int) -> FloatArray:
         """Milliseconds of one layer of a decode step, alone on ``sms`` SMs; shape [samples]."""
+        self._make_room()
         lane = self._lane(self._decode_kernel(work, backend), self._solo_stream(sms), sms)
         return self._alone(lane, marks)
 
@@ -190,6 +202,7 @@ class GpuBench:
         at: Sharing,
         layers: int | None = None,
     ) -> tuple[Lane, Lane]:
+        self._make_room()
         if at.mode == "split":
             split = self._bank.pick(at.prefill_sms)
             p_stream = torch.cuda.ExternalStream(split.prefill.stream)
