@@ -10,7 +10,9 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -20,17 +22,15 @@ import torch
 from semipd.core import FloatArray
 from semipd.kernels import DecodeKernel, Gqa, PrefillKernel
 from semipd.partition import PartitionBank
-from semipd.sweep import DecodeWork, PrefillWork, Sharing, saturated_steps
+from semipd.sweep import DecodeWork, PrefillWork, Sharing
+from semipd.window import LONG_STEP_MS, Stamps, stamped_every, together
 
 Kernel: TypeAlias = PrefillKernel | DecodeKernel
 
 GRAPH_MS = 0.5  # a timed graph lasts about this long, so that event overhead (about 2 us) stays under 1 %
 MAX_LAYERS_PER_GRAPH = 48
 ROTATED_BYTES = 192 << 20  # rotate through this much data, three times an H200's L2
-LONG_STEP_MS = 100.0  # steps longer than this are measured once
-SLACK = 1.1  # more work is enqueued than a window should take, since clocks move
-KEPT_BYTES = 32 << 30  # of batches and graphs kept for the points that follow
-MARKS = 64  # timed graphs per stream in one window, at most
+CLOCKED_EVERY_S = 0.5
 SETTLE_MS = 60.0  # load before a measurement: a GPU at its power limit needs about this long to settle its clocks
 
 
@@ -71,8 +71,11 @@ class GpuBench:
         self._capped: PartitionBank | None = None
         self._kernels: dict[tuple[object, ...], Kernel] = {}
         self._lanes: dict[tuple[object, ...], Lane] = {}
+        self._work: PrefillWork | DecodeWork | None = None
         self._plain = {p: torch.cuda.Stream(priority=p) for p in (-1, 0)}
         self._gate = torch.cuda.Stream()
+        self._clocks_mhz: list[int] = []  # while something ran
+        self._clocked_s = 0.0
 
     def __enter__(self) -> GpuBench:
         return self
@@ -84,36 +87,45 @@ class GpuBench:
 
     def close(self) -> None:
         """Wait for the device, drop graphs and kernels, release every partition."""
-        self._forget()
-        for bank in (self._capped, self._bank):
-            if bank is not None:
-                bank.close()
+        with ExitStack() as banks:  # closed whatever the work in flight did wrong
+            for bank in (self._bank, self._capped):
+                if bank is not None:
+                    banks.callback(bank.close)
+            self._forget()
 
     def _forget(self) -> None:
         """Drop every graph and batch, once nothing runs."""
         torch.cuda.synchronize()
         self._lanes.clear()
         self._kernels.clear()
+        torch.cuda.empty_cache()
 
-    def _make_room(self) -> None:
-        """Before a point: a sweep over a grid must not fill the device with batches that are done with."""
-        if torch.cuda.memory_allocated() > KEPT_BYTES:
+    def _keep_only(self, work: PrefillWork | DecodeWork) -> None:
+        """Keep batches and graphs for the points of one batch only: graphs take memory that torch does not count."""
+        if work != self._work:
             self._forget()
+            self._work = work
 
     @property
     def device_sms(self) -> int:
         """SMs of the whole device."""
         return int(torch.cuda.get_device_properties("cuda").multi_processor_count)
 
+    def observed(self) -> dict[str, object]:
+        """Least, median and most SM clock while something ran, sampled twice a second."""
+        if not self._clocks_mhz:
+            return {}
+        return {"clocks_sm_mhz_under_load": [int(x) for x in np.percentile(self._clocks_mhz, [0, 50, 100])]}
+
     def prefill(self, work: PrefillWork, backend: str, sms: int, marks: int) -> FloatArray:
         """Milliseconds of one layer, alone on ``sms`` SMs; shape [samples]."""
-        self._make_room()
+        self._keep_only(work)
         lane = self._lane(self._prefill_kernel(work, backend), self._solo_stream(sms), sms)
         return self._alone(lane, marks)
 
     def decode(self, work: DecodeWork, backend: str, sms: int, marks: int) -> FloatArray:
         """Milliseconds of one layer of a decode step, alone on ``sms`` SMs; shape [samples]."""
-        self._make_room()
+        self._keep_only(work)
         lane = self._lane(self._decode_kernel(work, backend), self._solo_stream(sms), sms)
         return self._alone(lane, marks)
 
@@ -131,30 +143,13 @@ class GpuBench:
         Raises RuntimeError when they cannot be kept running together for ``marks`` whole steps each.
         """
         p_lane, d_lane = self._pair(prefill, prefill_backend, decode, decode_backend, at)
-        p_ms, d_ms = p_lane.replay_ms * 1.2, d_lane.replay_ms * 1.2
-        settled_ms = 0.0
-        for _ in range(6):
-            wanted = 1 if max(p_ms, d_ms) > LONG_STEP_MS else marks
-            window_ms = max(4.0, self.settle_ms - settled_ms, (wanted + 1) * max(p_ms, d_ms))
-            plan = [(lane, 1 + math.ceil(SLACK * window_ms / ms)) for lane, ms in ((p_lane, p_ms), (d_lane, d_ms))]
-            (p_stamps, p_each), (d_stamps, d_each) = self._timeline(plan)
-            p_steps = saturated_steps(p_stamps, d_stamps[0], d_stamps[-1]) / p_each
-            d_steps = saturated_steps(d_stamps, p_stamps[0], p_stamps[-1]) / d_each
-            long = wanted < marks  # one such step settles the clocks for the next
-            if (long or settled_ms >= self.settle_ms) and len(p_steps) >= wanted and len(d_steps) >= wanted:
-                return p_steps / p_lane.layers, d_steps / d_lane.layers
-            settled_ms += min(p_stamps[-1], d_stamps[-1]) - max(p_stamps[0], d_stamps[0])
-            p_ms = self._contended(p_stamps, p_each, d_stamps, p_ms)
-            d_ms = self._contended(d_stamps, d_each, p_stamps, d_ms)
-        raise RuntimeError(f"{at}: {prefill} and {decode} could not be kept running together for {marks} steps")
 
-    @staticmethod
-    def _contended(own: FloatArray, each: int, other: FloatArray, before_ms: float) -> float:
-        """Estimate of a replay's time while both run, from those that began while the other ran."""
-        together = (own[:-1] < other[-1]) & (own[1:] > other[0])
-        if not together.any():
-            return before_ms * 2
-        return float(np.mean(np.diff(own)[together])) / each
+        def run(p_replays: int, d_replays: int, stamps: int) -> tuple[Stamps, Stamps]:
+            p_stamps, d_stamps = self._timeline([(p_lane, p_replays), (d_lane, d_replays)], stamps)
+            return p_stamps, d_stamps
+
+        p_ms, d_ms = together(run, (p_lane.replay_ms, d_lane.replay_ms), marks, self.settle_ms)
+        return p_ms / p_lane.layers, d_ms / d_lane.layers
 
     def total(
         self,
@@ -176,13 +171,13 @@ class GpuBench:
         while len(rows) < runs:
             time.sleep(self.rest_ms / 1e3)
             if at.mode == "in-turn":
-                ((p_stamps, _),) = self._timeline([(p_lane, steps[0])], exact=True)
-                ((d_stamps, _),) = self._timeline([(d_lane, steps[1])], exact=True)
-                prefill_ms, decode_ms = np.ptp(p_stamps), np.ptp(p_stamps) + np.ptp(d_stamps)
+                (p,), (d,) = self._timeline([(p_lane, steps[0])]), self._timeline([(d_lane, steps[1])])
+                prefill_ms = float(np.ptp(p.at_ms))
+                decode_ms = prefill_ms + float(np.ptp(d.at_ms))
             else:
-                (p_stamps, _), (d_stamps, _) = self._timeline([(p_lane, steps[0]), (d_lane, steps[1])], exact=True)
-                start = min(p_stamps[0], d_stamps[0])
-                prefill_ms, decode_ms = p_stamps[-1] - start, d_stamps[-1] - start
+                p, d = self._timeline([(p_lane, steps[0]), (d_lane, steps[1])])
+                start = min(p.at_ms[0], d.at_ms[0])
+                prefill_ms, decode_ms = float(p.at_ms[-1] - start), float(d.at_ms[-1] - start)
             if settled_ms >= (1e-9 if self.rest_ms else self.settle_ms):
                 rows.append([prefill_ms, decode_ms, max(prefill_ms, decode_ms)])
             settled_ms += max(prefill_ms, decode_ms)
@@ -202,7 +197,7 @@ class GpuBench:
         at: Sharing,
         layers: int | None = None,
     ) -> tuple[Lane, Lane]:
-        self._make_room()
+        self._keep_only(prefill)
         if at.mode == "split":
             split = self._bank.pick(at.prefill_sms)
             p_stream = torch.cuda.ExternalStream(split.prefill.stream)
@@ -250,41 +245,41 @@ class GpuBench:
         return self._lanes[key]
 
     def _capture(self, kernel: Kernel, stream: Any, layers: int | None) -> Lane:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        """A graph of so many layers, or of as many as last GRAPH_MS: of one first, which tells how long that takes."""
+        lane = self._record(kernel, stream, layers or 1)
+        wanted = layers or min(MAX_LAYERS_PER_GRAPH, math.ceil(GRAPH_MS / lane.replay_ms))
+        return lane if wanted == lane.layers else self._record(kernel, stream, wanted)
+
+    def _record(self, kernel: Kernel, stream: Any, layers: int) -> Lane:
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            kernel.launch(0)
-            begin.record()
-            kernel.launch(1)
-            end.record()
+            kernel.launch(0)  # loads what it needs, which a capture could not
             stream.synchronize()
-            eager_ms = begin.elapsed_time(end)
-            count = layers or max(1, min(MAX_LAYERS_PER_GRAPH, math.ceil(GRAPH_MS / eager_ms)))
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                for step in range(count):
+                for step in range(layers):
                     kernel.launch(step)
             finally:
                 graph.capture_end()
-        lane = Lane(graph, stream, count, eager_ms * count)
-        ((stamps, each),) = self._timeline([(lane, 2)], exact=True)
-        lane.replay_ms = float(np.diff(stamps)[-1]) / each
+        lane = Lane(graph, stream, layers, replay_ms=0.0)
+        (stamps,) = self._timeline([(lane, 2)])
+        lane.replay_ms = float(np.diff(stamps.at_ms)[-1])
         return lane
 
     def _alone(self, lane: Lane, marks: int) -> FloatArray:
         wanted = 1 if lane.replay_ms > LONG_STEP_MS else marks
         settle = max(1, math.ceil(self.settle_ms / lane.replay_ms)) if wanted == marks else 0
-        ((stamps, _),) = self._timeline([(lane, settle + wanted)], exact=True)
-        return np.diff(stamps)[settle:] / lane.layers
+        (stamps,) = self._timeline([(lane, settle + wanted)])
+        return np.diff(stamps.at_ms)[settle:] / lane.layers
 
-    def _timeline(self, plan: Sequence[tuple[Lane, int]], *, exact: bool = False) -> list[tuple[FloatArray, int]]:
-        """Replay each lane's graph so many times, all starting together; stamps in ms and replays per stamp.
+    def _timeline(self, plan: Sequence[tuple[Lane, int]], stamps_at_most: int | None = None) -> list[Stamps]:
+        """Replay each lane's graph so many times, all starting together.
 
-        The lanes wait behind a sleeping kernel while the host enqueues, so neither starts before the other.
-        With more than MARKS replays a stamp is taken every few of them, unless ``exact``.
+        The lanes wait behind a sleeping kernel while the host enqueues, so neither starts before the other. Without
+        a limit on stamps every replay is stamped.
         """
-        each = [1 if exact else max(1, math.ceil(replays / MARKS)) for _, replays in plan]
+        each = [stamped_every(replays, stamps_at_most or replays) for _, replays in plan]
         launches = sum(replays for _, replays in plan)
         torch.cuda.synchronize()
         with torch.cuda.stream(self._gate):
@@ -307,14 +302,21 @@ class GpuBench:
                 event = torch.cuda.Event(enable_timing=True)
                 event.record(lane.stream)
             stamps[index].append(event)
+        if time.monotonic() - self._clocked_s > CLOCKED_EVERY_S and not stamps[-1][-1].query():
+            self._clocked_s = time.monotonic()
+            self._clocks_mhz.append(torch.cuda.clock_rate())
         torch.cuda.synchronize()
         return [
-            (np.array([gate.elapsed_time(e) for e in events]), per) for events, per in zip(stamps, each, strict=True)
+            Stamps(np.array([gate.elapsed_time(e) for e in events]), per)
+            for events, per in zip(stamps, each, strict=True)
         ]
 
 
 def provenance(gqa: Gqa, command: str) -> dict[str, object]:
-    """Where and with what a table is measured: GPU, driver, clocks now, library versions, commit, command, date."""
+    """Where and with what a table is measured: GPU, driver, limits, library versions, commit, command, date.
+
+    The commit is that of the checkout this package is in (``SEMIPD_COMMIT`` says it for an installed one).
+    """
     import datetime
     import platform
     import subprocess
@@ -324,14 +326,18 @@ def provenance(gqa: Gqa, command: str) -> dict[str, object]:
         found = subprocess.run(argv, capture_output=True, text=True, check=False)  # noqa: S603 - fixed arguments
         return found.stdout.strip() if found.returncode == 0 else "unknown"
 
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
-    smi = ask("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0").split(", ")
     device = torch.cuda.get_device_properties("cuda")
+    fields = ("driver_version", "clocks.mem", "clocks.max.sm", "power.limit")
+    query = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", f"GPU-{device.uuid}")
+    package = str(Path(__file__).parent)
+    commit = os.environ.get("SEMIPD_COMMIT") or ask(
+        "git", "-C", package, "describe", "--always", "--abbrev=40", "--dirty"
+    )
     return {
         "gpu": device.name,
         "device_sms": device.multi_processor_count,
         "device_memory_bytes": device.total_memory,
-        **dict(zip((f.replace(".", "_") for f in fields), smi, strict=False)),
+        **dict(zip((f.replace(".", "_") for f in fields), ask(*query).split(", "), strict=False)),
         "work": {
             "query_heads": gqa.query_heads,
             "kv_heads": gqa.kv_heads,
@@ -345,7 +351,7 @@ def provenance(gqa: Gqa, command: str) -> dict[str, object]:
         "flashinfer": version("flashinfer-python"),
         "semipd": version("semipd"),
         "python": platform.python_version(),
-        "commit": os.environ.get("SEMIPD_COMMIT") or ask("git", "rev-parse", "HEAD"),
+        "commit": commit,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -21,8 +21,13 @@ from semipd.scheduler import Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor
 from semipd.trace import Trace, head, read_trace, scale_rate, shipped
 
+CAPACITY = 0.9
+"""A policy copes with a load when at least this share of the requests meets both targets."""
+
 ALIKE = 0.99
 """Goodputs within 1 % of the best count as equal: a tail latency then decides."""
+
+PREDICTOR = "the tables that the simulation runs on: a perfect predictor"
 
 WATCH_EVERY = 256  # records between two calls of a watcher
 
@@ -144,9 +149,13 @@ def simulate(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same trace under several policies. ``reason``: in one sentence, why the recommended one."""
+    """The same trace under several policies. ``reason``: in one sentence, why the recommended one.
+
+    ``rate_rps``: requests a second as replayed.
+    """
 
     trace: str
+    rate_rps: float | None
     profile: Profile
     runs: tuple[Summary, ...]
     best_static: str | None
@@ -157,12 +166,19 @@ class Comparison:
         """The document of ``semipd compare --json``."""
         return {
             "trace": self.trace,
+            "rate_rps": self.rate_rps,
+            "predictor": PREDICTOR,
             "profile": self.profile.name,
             "runs": [run.to_json() for run in self.runs],
             "best_static": self.best_static,
             "recommended": self.recommended,
             "reason": self.reason,
         }
+
+
+def rate_rps(trace: Trace) -> float | None:
+    """Mean arrival rate, None for requests that all arrive at once."""
+    return len(trace) / trace.duration_s if trace.duration_s > 0 else None
 
 
 def policy_names(asked: Sequence[str], setup: Setup) -> tuple[str, ...]:
@@ -202,6 +218,7 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
     static = _best(statics) if statics else None
     return Comparison(
         trace=setup.trace.name,
+        rate_rps=rate_rps(setup.trace),
         profile=setup.profile,
         runs=ordered,
         best_static=static.policy if static else None,
@@ -228,7 +245,13 @@ def _reason(runs: Sequence[Summary], best: Summary, static: Summary | None) -> s
     rivals = [named[name] for name in ("adaptive", "exclusive") if name in named and name != best.policy]
     if static is not None and static is not best:
         rivals.insert(0, static)
-    said = f"Take {best.policy}: it meets both targets for {_reached(best)}"
+    if (best.slo_attainment or 0.0) >= CAPACITY:
+        said = f"Take {best.policy}: it meets both targets for {_reached(best)}"
+    else:
+        said = (
+            f"None copes with this rate, for none meets both targets for {100 * CAPACITY:.0f} % of requests; "
+            f"{best.policy} comes closest, with {_reached(best)}"
+        )
     if rivals:
         said += ", where " + " and ".join(f"{run.policy} does for {_reached(run)}" for run in rivals)
     if "adaptive" in named and best.policy != "adaptive":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -71,7 +72,7 @@ class Workload(Strict):
 
     trace: TraceConfig = TraceConfig()
     profile: str = "h200/gqa-64-8-128"
-    slo: str | SloConfig = "mlperf-8b-interactive"
+    slo: str | SloConfig = "mlperf-70b-interactive"
     scheduler: SchedulerOptions = SchedulerOptions()
 
     @field_validator("slo")
@@ -112,6 +113,14 @@ class Attention(Strict):
     kv_heads: Positive = 8
     head_dim: Positive = 128
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _groups(self) -> Attention:
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"query_heads: found {self.query_heads}; expected a multiple of kv_heads, which is {self.kv_heads}"
+            )
+        return self
 
 
 class PrefillGrid(Strict):
@@ -266,8 +275,9 @@ def build(data: dict[str, Any], schema: type[Schema], source: str, overrides: tu
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ": ".join([source, ".".join(map(str, first["loc"]))] if first["loc"] else [source])
+        first = _closest(error.errors())
+        loc = tuple(part for part in first["loc"] if part not in UNION_PARTS)
+        where = ": ".join([source, ".".join(map(str, loc))] if loc else [source])
         said = first["type"] in ("missing", "extra_forbidden", "value_error")  # the message itself says what was found
         found = "" if said else f"found {_shown(first['input'])}; "
         message = {
@@ -277,6 +287,15 @@ def build(data: dict[str, Any], schema: type[Schema], source: str, overrides: tu
         }.get(first["type"], first["msg"][:1].lower() + first["msg"][1:].replace("Input should be", "expected"))
         message = message.replace("input should be", "expected")
         raise InputError(f"{where}: {found}{message}") from None
+
+
+UNION_PARTS = ("str", "SloConfig")  # pydantic names the alternative it tried; a reader knows the field
+
+
+def _closest(errors: Sequence[Any]) -> Any:
+    """The first error; where alternatives were tried at its place, that of the one that went deepest."""
+    place = errors[0]["loc"][:1]
+    return max((e for e in errors if e["loc"][:1] == place), key=lambda e: len(e["loc"]))
 
 
 def _shown(value: object) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from semipd.sweep import DecodeWork, PrefillWork
-from semipd.tiles import balance
+from semipd.tiles import FA3_HEAD_DIM, balance
 
 WORKSPACE_BYTES = 256 << 20  # fa2 splits few queries over long keys into partial results
 
@@ -89,13 +89,19 @@ class PrefillKernel:
         self.ctas = ctas
         work, info = self.work, [int(x) for x in self._wrapper._plan_info]
         device_ctas = torch.cuda.get_device_properties("cuda").multi_processor_count
-        if len(info) != 9 or info[8] or ctas > device_ctas:
-            raise RuntimeError(f"flashinfer's fa3 plan is {info}; expected nine offsets and one schedule per head")
+        if self.gqa.head_dim != FA3_HEAD_DIM or len(info) != 9 or info[8] or ctas > device_ctas:
+            raise RuntimeError(
+                f"flashinfer's fa3 plan is {info}, head dimension {self.gqa.head_dim}, {ctas} CTAs; expected nine "
+                f"offsets, one schedule per head, head dimension {FA3_HEAD_DIM} and at most {device_ctas} CTAs"
+            )
         kv_len = work.seq_context + work.seq_tokens
         heads, group = self.gqa.query_heads, self.gqa.query_heads // self.gqa.kv_heads
         tiles = balance([work.seq_tokens] * work.seqs, [kv_len] * work.seqs, heads, group, ctas)
         indptr = np.concatenate([tiles.indptr, np.full(device_ctas - ctas, tiles.indptr[-1])])
         count = len(tiles.tile)
+        room = (info[1] - info[0]) // 4
+        if count > room:
+            raise RuntimeError(f"flashinfer's fa3 plan has room for {room} tiles; {count} are needed")
         columns = (
             tiles.tile,
             tiles.sequence * work.seq_tokens,

@@ -44,6 +44,10 @@ class Bench(Protocol):
         """SMs of the whole device."""
         ...
 
+    def observed(self) -> dict[str, object]:
+        """What the device did while it was measured, such as its clocks: an addition to the provenance."""
+        ...
+
     def prefill(self, work: PrefillWork, backend: str, sms: int, marks: int) -> FloatArray:
         """Layer times alone on a partition, shape [samples]."""
         ...

@@ -240,22 +240,6 @@ class SweepTable(Generic[Point]):
     provenance: dict[str, object]
 
 
-def saturated_steps(own_ends: FloatArray, other_start: float, other_end: float) -> FloatArray:
-    """Times of the steps during which the other phase ran from beginning to end.
-
-    Args:
-        own_ends: Stamps of one stream, shape [n + 1]: the first step's start, then each step's end.
-        other_start: When the other stream's first step started, same clock.
-        other_end: When its last step ended.
-
-    Returns:
-        Durations of the steps that lie wholly inside the other stream's activity.
-    """
-    starts, ends = own_ends[:-1], own_ends[1:]
-    inside = (starts >= other_start) & (ends <= other_end)
-    return np.asarray((ends - starts)[inside], dtype=np.float64)
-
-
 def read_table(path: Path, cls: type[Point]) -> SweepTable[Point]:
     """Read a table and its provenance.
 
@@ -319,24 +303,33 @@ def read_points(path: Path, cls: type[Point]) -> list[Point]:
 def _point(path: Path, line: int, row: list[str], names: list[str], kinds: dict[str, type], cls: type[Point]) -> Point:
     if len(row) != len(names):
         raise InputError(f"{path}: row {line}: found {len(row)} fields; expected {len(names)}")
-    values: dict[str, typing.Any] = {}
-    for name, text in zip(names, row, strict=True):
-        where = f"{path}: row {line}: {name}: found {text!r}"
-        if kinds[name] is str:
-            if not text:
-                raise InputError(f"{where}; expected a name")
-            values[name] = text
-            continue
-        try:
-            number = kinds[name](text.replace("_", "?"))  # Python would read 1_000
-            finite = math.isfinite(number)
-        except (ValueError, OverflowError):
-            raise InputError(f"{where}; expected {'an integer' if kinds[name] is int else 'a number'}") from None
-        low = 0 if name in ("seq_context", "mean_context") else None
-        if not finite or number < 0 or (low is None and number == 0):
-            raise InputError(f"{where}; expected {'zero or more' if low == 0 else 'more than zero'}")
-        values[name] = number
+    values = {name: _value(path, line, name, text, kinds[name]) for name, text in zip(names, row, strict=True)}
     return cls(**values)
+
+
+def _value(path: Path, line: int, name: str, text: str, kind: type) -> typing.Any:
+    """What one field says."""
+    if kind is str:
+        if not text:
+            _refuse(path, line, name, text, "a name")
+        return text
+    try:
+        number = kind(text.replace("_", "?"))  # Python would read 1_000
+        finite = math.isfinite(number)
+    except (ValueError, OverflowError):
+        _refuse(path, line, name, text, "an integer" if kind is int else "a number")
+    may_be_zero = name in ("seq_context", "mean_context")
+    if not finite or number < 0 or (number == 0 and not may_be_zero):
+        _refuse(path, line, name, text, "zero or more" if may_be_zero else "more than zero")
+    return number
+
+
+def _refuse(path: Path, line: int, name: str, text: str, expected: str) -> typing.NoReturn:
+    raise InputError(f"{path}: row {line}: {name}: found {text!r}; expected {expected}") from None
+
+
+RESUMED = ("command", "commit", "date", "driver_version", "torch", "flashinfer", "settle_ms", "rest_ms")
+"""What the provenance says again of every resumption."""
 
 
 class TableWriter(Generic[Point]):
@@ -382,12 +375,17 @@ class TableWriter(Generic[Point]):
                 )
         resumed = before.setdefault("resumed", [])
         if isinstance(resumed, list):
-            resumed.append({name: provenance.get(name) for name in ("command", "commit", "date")})
+            resumed.append({name: provenance[name] for name in RESUMED if name in provenance})
         self._write_provenance(before)
 
     def _write_provenance(self, provenance: dict[str, object]) -> None:
         text = json.dumps(provenance, indent=1, sort_keys=True)
         provenance_path(self.path).write_text(text + "\n", encoding="utf-8")
+
+    def note(self, observed: dict[str, object]) -> None:
+        """Add to the provenance what was seen while measuring."""
+        if observed:
+            self._write_provenance(read_provenance(self.path) | observed)
 
     def has(self, key: tuple[object, ...]) -> bool:
         """Whether the point of this key has been measured."""
@@ -402,15 +400,17 @@ class TableWriter(Generic[Point]):
 
 
 def partition_counts(device_sms: int, step_sms: int) -> list[int]:
-    """SM counts of a sweep: from ``step_sms`` (at least 8) in steps, and the whole device last."""
-    low = max(8, step_sms)
-    return [*range(low, device_sms, step_sms), device_sms]
+    """SM counts of a sweep: the multiples of ``step_sms`` from 8 on, and the whole device last."""
+    return [*range(_least(step_sms), device_sms, step_sms), device_sms]
 
 
 def splits_of(device_sms: int, step_sms: int) -> list[Allocation]:
     """The disjoint splits of a sweep, by ascending prefill SMs."""
-    low = max(8, step_sms)
-    return [Allocation(Mode.SPLIT, n, device_sms - n) for n in range(low, device_sms, step_sms)]
+    return [Allocation(Mode.SPLIT, n, device_sms - n) for n in range(_least(step_sms), device_sms, step_sms)]
+
+
+def _least(step_sms: int) -> int:
+    return -(-8 // step_sms) * step_sms
 
 
 def grid(tokens: Sequence[int], mean_contexts: Sequence[int]) -> list[PrefillWork]:

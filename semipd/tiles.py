@@ -9,7 +9,8 @@ import numpy as np
 
 from semipd.core import IntArray
 
-FA3_TILE_ROWS = 128  # query rows of one fa3 tile at head dimension 128
+FA3_HEAD_DIM = 128
+FA3_TILE_ROWS = 128  # query rows of one fa3 tile at that head dimension; others have other tiles
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class ClosedFormBench:
     device_sms: int = 132
     calls: list[tuple[object, ...]] = field(default_factory=list)
     before: Callable[[int], None] = lambda _: None
+    step_sms: int = 2
+
+    def observed(self) -> dict[str, object]:
+        return {"clocks_sm_mhz_under_load": [1000, 1500, 2000]}
 
     def prefill(self, work: PrefillWork, backend: str, sms: int, marks: int) -> FloatArray:
         self._timed("prefill", work, backend, sms)
@@ -81,6 +85,11 @@ class ClosedFormBench:
         )
 
     def _timed(self, *call: object) -> None:
+        asked = call[-1]
+        sizes = (asked.prefill_sms, asked.decode_sms) if isinstance(asked, Sharing) else (asked,)
+        for sms in sizes:  # as a bank of partitions has them
+            assert isinstance(sms, int)
+            assert sms == self.device_sms or 0 in (sms % self.step_sms, (self.device_sms - sms) % self.step_sms)
         self.before(len(self.calls))
         self.calls.append(call)
 
@@ -100,4 +109,5 @@ class OpenClosedForm:
     @contextmanager
     def __call__(self, config: SweepConfig, command: str) -> Iterator[tuple[ClosedFormBench, dict[str, object]]]:
         self.asked.append((config.attention, config.step_sms, command))
+        self.bench.step_sms = config.step_sms
         yield self.bench, {"gpu": "closed form", "device_sms": self.bench.device_sms, "command": command}

@@ -37,7 +37,7 @@ def test_a_prefill_sweep_saves_every_backend_on_every_partition(tmp_path: Path) 
 def test_the_configuration_that_was_measured_is_saved_and_gives_the_same_sweep(tmp_path: Path) -> None:
     options = ["--seqs", "2", "--seq-tokens", "512", "--step", "32", "--runs", "3"]
     assert main(["sweep", "prefill", *options, "--out", str(tmp_path / "a")], OpenClosedForm()) == 0
-    saved = tmp_path / "a" / "config.yaml"
+    saved = tmp_path / "a" / "prefill.yaml"
     config = load(saved, PrefillSweep)
     assert (config.prefill.seqs, config.prefill.seq_tokens, config.step_sms, config.runs) == (2, 512, 32, 3)
     assert main(["sweep", "prefill", "--config", str(saved), "--out", str(tmp_path / "b")], OpenClosedForm()) == 0
@@ -163,3 +163,14 @@ def test_a_grid_of_batches_is_summed_up_in_one_row_each(tmp_path: Path, capsys: 
     assert main(["sweep", "hybrid", *grids, "--out", str(tmp_path / "h")], OpenClosedForm()) == 0
     row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("split"))
     assert row == ["split", "4", "4", "4", str(4 * 4 * 4 * 3)]
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 16, 32])
+def test_every_step_asks_for_partitions_that_a_bank_of_that_step_has(step: int, tmp_path: Path) -> None:
+    for kind in ("prefill", "decode", "hybrid"):
+        assert main(["sweep", kind, "--step", str(step), "--out", str(tmp_path / kind)], OpenClosedForm()) == 0
+
+
+def test_the_provenance_says_what_was_seen_while_measuring(tmp_path: Path) -> None:
+    assert main(["sweep", "decode", "--step", "32", "--out", str(tmp_path)], OpenClosedForm()) == 0
+    assert read_table(tmp_path / "decode.csv", DecodePoint).provenance["clocks_sm_mhz_under_load"] == [1000, 1500, 2000]

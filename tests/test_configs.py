@@ -73,7 +73,7 @@ def test_the_file_of_a_default_sweep_says_what_the_command_does_without_one(
     assert load(SWEEPS / f"{name}.yaml", schema) == schema()
 
 
-def test_the_hybrid_grid_of_the_profile_lies_within_its_solo_grids_on_the_same_partitions() -> None:
+def test_the_hybrid_grid_of_the_profile_is_on_its_solo_grids_and_on_the_same_partitions() -> None:
     prefill, decode, hybrid = (loaded(SWEEPS / f"h200-grid-{kind}.yaml") for kind in ("prefill", "decode", "hybrid"))
     assert isinstance(prefill, PrefillSweep)
     assert isinstance(decode, DecodeSweep)
@@ -84,7 +84,7 @@ def test_the_hybrid_grid_of_the_profile_lies_within_its_solo_grids_on_the_same_p
         (hybrid.decode.batches, decode.decode.batches),
         (hybrid.decode.kv_tokens, decode.decode.kv_tokens),
     ):
-        assert min(outer) <= min(inner) <= max(inner) <= max(outer)
+        assert set(inner) <= set(outer)  # else a slowdown would be measured over interpolated
     splits = {at for _, _, at in hybrid_plan(hybrid, H200_SMS).contention}
     assert {at.prefill_sms for at in splits} <= set(solo_sms(prefill, H200_SMS))
     assert {at.decode_sms for at in splits} <= set(solo_sms(decode, H200_SMS))

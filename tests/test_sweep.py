@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from semipd.sweep import (
     provenance_path,
     read_points,
     read_table,
-    saturated_steps,
     splits_of,
 )
 
@@ -132,27 +130,6 @@ def test_a_way_of_sharing_is_named_as_in_a_summary(at: Sharing, name: str) -> No
 
 
 # Which steps count
-
-durations = st.lists(st.floats(0.1, 10), min_size=1, max_size=20)
-
-
-@given(durations, st.floats(-20, 20), durations, st.floats(-20, 20))
-def test_only_steps_wholly_inside_the_other_streams_activity_count(
-    own: list[float], own_start: float, other: list[float], other_start: float
-) -> None:
-    own_stamps = own_start + np.concatenate([[0.0], np.cumsum(own)])
-    other_stamps = other_start + np.concatenate([[0.0], np.cumsum(other)])
-    first, last = float(other_stamps[0]), float(other_stamps[-1])
-    expected = []
-    for begin, end in itertools.pairwise(own_stamps):
-        if begin < first or end > last:
-            continue  # the other stream was idle at the step's beginning or at its end
-        expected.append(end - begin)
-    assert saturated_steps(own_stamps, first, last).tolist() == expected
-
-
-def test_streams_that_never_meet_have_no_saturated_step() -> None:
-    assert len(saturated_steps(np.array([0.0, 1.0, 2.0]), 2.0, 5.0)) == 0
 
 
 def test_a_spread_is_the_median_and_the_outer_deciles() -> None:

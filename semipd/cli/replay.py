@@ -43,12 +43,13 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Replay a trace under one policy."""
-    from semipd.compare import prepare, simulate
+    from semipd.compare import policy_names, prepare, rate_rps, simulate
     from semipd.config import ReplayConfig, load
 
     del executor  # there is one so far
     found = load(config, ReplayConfig, tuple(sets or ()))
     setup = prepare(found)
+    policy_names((found.policy,), setup)  # refuse an unknown one before anything is written
     with _saved(out, found.model_dump(mode="json")) as each, _watched(found.policy, len(setup.trace)) as watch:
         outcome = simulate(setup, found.policy, watch=watch, each=each)
     if out is not None:
@@ -58,7 +59,7 @@ def replay(
     else:
         from semipd.report.comparison import summary_report
 
-        show(summary_report(outcome.summary, setup.profile, setup.trace.name))
+        show(summary_report(outcome.summary, setup.profile, setup.trace.name, rate_rps(setup.trace)))
     _note_outside([outcome.summary])
     if not outcome.complete:
         note(f"interrupted: {outcome.summary.completed} of {outcome.summary.requests} requests are complete")
@@ -86,21 +87,23 @@ def compare(
     options = {
         "trace.path": json.dumps(trace) if trace is not None else None,
         "profile": json.dumps(profile) if profile is not None else None,
-        "policies": json.dumps(policies.split(",")) if policies is not None else None,
+        "policies": json.dumps([name.strip() for name in policies.split(",")]) if policies is not None else None,
         "trace.rate_scale": rate_scale,
         "trace.limit": limit,
         "slo": json.dumps(slo) if slo is not None else None,
     }
-    if trace is not None and rate_scale is None and config is None:
-        options["trace.rate_scale"] = 1.0  # the default's belongs to its own trace
     given = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
     data = CompareConfig().model_dump() if config is None else read_yaml(config)
     found = build(data, CompareConfig, "command line" if config is None else str(config), (*(sets or ()), *given))
+    if config is None and "trace.rate_scale" not in {word.partition("=")[0] for word in (*(sets or ()), *given)}:
+        own = found.trace.path != CompareConfig().trace.path  # the default's rate is that of the shipped comparison
+        found = build(found.model_dump(), CompareConfig, "command line", ("trace.rate_scale=1",) if own else ())
     setup = prepare(found)
     names = policy_names(found.policies, setup)
     runs, interrupted = _run_all(setup, names, min(jobs or os.cpu_count() or 1, len(names)), run_all)
     if not runs:
-        raise KeyboardInterrupt
+        note(f"interrupted: none of {len(names)} policies is complete")
+        raise typer.Exit(INTERRUPTED)
     result = judge(setup, runs)
     if as_json:
         show_json(result.to_json())
@@ -159,7 +162,10 @@ def _saved(out: Path | None, config: dict[str, Any]) -> Iterator[Callable[[StepR
 
     if (out / "summary.json").exists():
         raise InputError(f"{out}: holds a run; expected a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a folder ({error.strerror}); expected a new folder") from None
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     with (out / "runs.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -189,7 +195,8 @@ def _saved(out: Path | None, config: dict[str, Any]) -> Iterator[Callable[[StepR
 
 def _save(out: Path, outcome: Outcome) -> None:
     """Write summary.json and requests.csv; empty fields are what did not happen."""
-    (out / "summary.json").write_text(json.dumps(outcome.summary.to_json(), indent=1) + "\n", encoding="utf-8")
+    document = outcome.summary.to_json() | ({} if outcome.complete else {"complete": False})
+    (out / "summary.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     columns = outcome.requests.columns()
     with (out / "requests.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -232,12 +232,15 @@ def _measure(
 
     with session.open_bench(config, session.command) as (bench, provenance):
         stages = plan(bench, Folder(out, provenance, resume))
-        (out / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        saved = config.model_dump(mode="json")
+        (out / f"{saved['kind']}.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
         complete = interrupted = False
         try:
             complete = _drive(stages, config.limit_s)
         except KeyboardInterrupt:
             interrupted = True
+        for stage in stages:
+            stage.table.note(bench.observed())
         return Measured(config, out, bench.device_sms, tuple(s.table for s in stages), complete, interrupted)
 
 

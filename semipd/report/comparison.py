@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from semipd.compare import Comparison
-from semipd.core import Slo
+from semipd.compare import PREDICTOR, Comparison
 from semipd.metrics import Distribution, Summary
 from semipd.profile import Profile
 
@@ -22,24 +21,27 @@ _COLUMNS = ("TTFT\np50", "s\np90", "\np99", "TPOT\np50", "ms\np90", "\np99")
 def comparison_report(found: Comparison) -> RenderableType:
     """The runs of a comparison, the best static split and the recommended policy marked, and why."""
     marks = {found.best_static: STATIC, found.recommended: TAKE}
-    title = f"{found.trace}: {found.runs[0].requests:,} requests; {_targets(found.runs[0].slo)}"
     return Group(
-        Text(title),
+        _title(found.trace, found.runs[0], found.rate_rps),
         _table(found.runs, marks),
         _notes(found),
     )
 
 
-def summary_report(summary: Summary, profile: Profile, trace: str) -> RenderableType:
-    """One replay."""
-    title = f"{trace}: {summary.requests:,} requests; {_targets(summary.slo)}"
+def summary_report(summary: Summary, profile: Profile, trace: str, rate_rps: float | None) -> RenderableType:
+    """One replay, at so many requests a second."""
     lines = [
-        f"Completed {summary.completed:,}, dropped {summary.dropped:,}, preemptions {summary.preemptions:,}; "
-        f"{summary.saturation}.",
+        f"Completed {summary.completed:,}, dropped {summary.dropped:,}; {summary.saturation}.",
         f"Time in split: {_splits(summary)}.",
         *_caveats([summary], profile),
     ]
-    return Group(Text(title), _table([summary], {}), *(Text(line) for line in lines))
+    return Group(_title(trace, summary, rate_rps), _table([summary], {}), *(Text(line) for line in lines))
+
+
+def _title(trace: str, run: Summary, rate_rps: float | None) -> Text:
+    rate = "all at once" if rate_rps is None else f"{rate_rps:.3g} a second"
+    slo = f"SLO {run.slo.name}: TTFT {run.slo.ttft_s:g} s, TPOT {1e3 * run.slo.tpot_s:g} ms"
+    return Text(f"{trace}: {run.requests:,} requests, {rate}\n{slo}\n")
 
 
 def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:
@@ -62,7 +64,7 @@ def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:
 
 
 def _notes(found: Comparison) -> Text:
-    lines = [f"{TAKE} {found.reason}"]
+    lines = ["", f"{TAKE} {found.reason}"]
     if found.best_static is not None and found.best_static != found.recommended:
         lines.append(f"{STATIC} the best static split: {found.best_static}.")
     lines += [f"Time in split of adaptive: {_splits(run)}." for run in found.runs if run.policy == "adaptive"]
@@ -77,7 +79,15 @@ def _caveats(runs: Sequence[Summary], profile: Profile) -> list[str]:
         f"Simulated on {profile.device}, {profile.name}. {profile.description}",
     ]
     if any(run.policy == "adaptive" for run in runs):
-        lines.append("adaptive predicts with the very tables that the simulation runs on: a perfect predictor.")
+        lines.append(f"adaptive predicts with {PREDICTOR}.")
+    if any(run.switches for run in runs):
+        lines.append("A switch costs the wait until both phases reach a boundary, and nothing else.")
+    lost = [f"{run.policy} {run.requests - run.completed:,}" for run in runs if run.completed < run.requests]
+    if lost:
+        lines.append(f"Requests dropped or not completed: {', '.join(lost)}.")
+    preempted = [f"{run.policy} {run.preemptions:,}" for run in runs if run.preemptions]
+    if preempted:
+        lines.append(f"Preemptions: {', '.join(preempted)}.")
     unsteady = [f"{run.policy} {run.saturation}" for run in runs if run.saturation != "stable"]
     if unsteady:
         lines.append(f"Did not keep up with arrivals: {', '.join(unsteady)}.")
@@ -91,10 +101,6 @@ def _splits(run: Summary) -> str:
     shares = sorted(run.time_in_split.items(), key=lambda item: -item[1])
     shown = [f"{name} {100 * share:.0f} %" for name, share in shares if share >= 0.005]
     return ", ".join(shown) + (", others under 1 %" if len(shown) < len(shares) else "")
-
-
-def _targets(slo: Slo) -> str:
-    return f"SLO {slo.name}: TTFT {slo.ttft_s:g} s, TPOT {1e3 * slo.tpot_s:g} ms"
 
 
 def _percentiles(values: Distribution | None, scale: float, decimals: int) -> tuple[str, str, str]:
