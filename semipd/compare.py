@@ -14,6 +14,7 @@ from semipd.config import SchedulerOptions, TraceConfig, Workload
 from semipd.core import InputError, Slo, StepRecord
 from semipd.cost import TableCost
 from semipd.driver import replay
+from semipd.executor import Executor
 from semipd.metrics import Log, RequestTable, Summary, request_table, summarise
 from semipd.policies import all_names, make_policy
 from semipd.profile import Profile, load_profile
@@ -81,6 +82,8 @@ def scheduler_config(options: SchedulerOptions, profile: Profile) -> SchedulerCo
 
     Raises InputError when not a single block does.
     """
+    if options.num_blocks is not None:
+        return _limits(options, options.num_blocks)
     free_bytes = options.gpu_memory_utilization * profile.device_memory_bytes - profile.weights_bytes
     blocks = int(free_bytes // (profile.kv_bytes_per_token * options.block_size))
     if blocks < 1:
@@ -89,8 +92,12 @@ def scheduler_config(options: SchedulerOptions, profile: Profile) -> SchedulerCo
             f"{free_bytes / 2**30:.1f} GiB for the KV cache; expected room for a block of "
             f"{options.block_size} tokens"
         )
+    return _limits(options, blocks)
+
+
+def _limits(options: SchedulerOptions, num_blocks: int) -> SchedulerConfig:
     return SchedulerConfig(
-        num_blocks=blocks,
+        num_blocks=num_blocks,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         block_size=options.block_size,
@@ -105,26 +112,41 @@ def simulate(
     watch: Callable[[float, int], None] | None = None,
     each: Callable[[StepRecord], None] | None = None,
 ) -> Outcome:
-    """Replay the trace in simulation under one policy.
-
-    Args:
-        setup: What to replay.
-        policy: Name of the policy; InputError when unknown.
-        watch: Called now and then with the simulated seconds and the requests finished so far.
-        each: Called with every record, as runs end.
-
-    Ctrl-C ends the replay: the outcome then holds what was complete.
-    """
+    """Replay the trace in simulation under one policy, as ``run`` does. Raises InputError for an unknown policy."""
     scheduler = Scheduler(
         setup.scheduler,
         make_policy(policy, setup.cost, setup.slo),
         device_sms=setup.cost.device_sms,
         layers=setup.cost.layers,
     )
+    return run(setup, policy, scheduler, SimExecutor(setup.cost), watch=watch, each=each)
+
+
+def run(
+    setup: Setup,
+    policy: str,
+    scheduler: Scheduler,
+    executor: Executor,
+    *,
+    watch: Callable[[float, int], None] | None = None,
+    each: Callable[[StepRecord], None] | None = None,
+) -> Outcome:
+    """Replay the trace on an executor.
+
+    Args:
+        setup: What to replay.
+        policy: What the scheduler's policy is called.
+        scheduler: A new one, for this executor.
+        executor: Where it runs.
+        watch: Called now and then with the seconds of the replay and the requests finished so far.
+        each: Called with every record, as runs end.
+
+    Ctrl-C ends the replay: the outcome then holds what was complete.
+    """
     log, finished, complete = Log(), 0, True
     start_s = time.perf_counter()
     try:
-        for count, record in enumerate(replay(setup.trace.requests(), scheduler, SimExecutor(setup.cost))):
+        for count, record in enumerate(replay(setup.trace.requests(), scheduler, executor)):
             log.append(record)
             finished += len(record.finished)
             if each is not None:

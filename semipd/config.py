@@ -32,13 +32,14 @@ class TraceConfig(Strict):
 
 
 class SchedulerOptions(Strict):
-    """Batching and KV cache, under vLLM's names."""
+    """Batching and KV cache, under vLLM's names. ``num_blocks``: KV blocks, instead of those that fit."""
 
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 8192
     block_size: Positive = 16
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     decode_steps: Positive | None = None
+    num_blocks: Positive | None = None
 
 
 class SloConfig(Strict):
@@ -90,9 +91,14 @@ class Workload(Strict):
 
 
 class ReplayConfig(Workload):
-    """One replay, under one policy."""
+    """One replay, under one policy. ``model`` and ``weights``: what executors other than the simulation run.
+
+    ``model`` is a YAML file as in configs/models; ``weights`` a checkpoint's folder, random ones when not given.
+    """
 
     policy: str = "adaptive"
+    model: str | None = None
+    weights: str | None = None
 
 
 class CompareConfig(Workload):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
-from semipd.core import Run, StepRecord
+from semipd.core import Mode, Run, StepRecord
 
 
 class Executor(Protocol):
@@ -41,3 +42,44 @@ class Executor(Protocol):
         is None, since that would wait for ever.
         """
         ...
+
+
+def check_launch(run: Run, in_flight: Iterable[Run]) -> None:
+    """Raises ValueError for a run that must not start beside those in flight, as ``Executor.launch`` says.
+
+    Nor may one without requests or steps, or in ``EXCLUSIVE`` any beside another.
+    """
+    for other in in_flight:
+        if other.phase is run.phase:
+            raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} of this phase is in flight")
+        if other.allocation != run.allocation:
+            raise ValueError(
+                f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.id} is in flight at "
+                f"{other.allocation.name}; expected the same allocation"
+            )
+        if run.allocation.mode is Mode.EXCLUSIVE:
+            raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} has the whole device")
+    if not run.requests or run.max_steps < 1:
+        raise ValueError(
+            f"{run.phase.value} run {run.id}: {len(run.requests)} requests, {run.max_steps} steps; "
+            "expected at least 1 of each"
+        )
+
+
+def output_left(run: Run) -> tuple[int, ...]:
+    """Decode: tokens of output that each sequence has yet to get (the oracle); n cached ones gave n - prompt_len + 1.
+
+    Raises ValueError for a sequence that has all of them.
+    """
+    batch = zip(run.requests, run.context_lens, strict=True)
+    left = tuple([r.prompt_len + r.output_len - 1 - cached for r, cached in batch])
+    if min(left) < 1:
+        done = run.requests[left.index(min(left))]
+        raise ValueError(f"decode run {run.id}: request {done.id} has all its {done.output_len} tokens of output")
+    return left
+
+
+def finished_by_prefill(run: Run) -> tuple[int, ...]:
+    """Ids of the requests whose last token a whole prefill run gives."""
+    batch = zip(run.requests, run.new_tokens, run.context_lens, run.emits, strict=True)
+    return tuple([r.id for r, new, n, emits in batch if emits and n + new >= r.prompt_len + r.output_len - 1])

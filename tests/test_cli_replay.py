@@ -132,6 +132,40 @@ def test_the_shipped_comparison_finds_what_the_readme_says(capsys: pytest.Captur
     assert [run["extrapolated_share"] for run in found["runs"]] == [0.0, 0.0, 0.0]
 
 
+def test_the_same_scheduler_runs_a_model_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    configs = Path(__file__).parent.parent / "configs"
+    path = configs / "replay-cpu-tiny.yaml"
+    words = ("replay", str(path), "--set", f"model={configs / 'models' / 'tiny.yaml'}", "--set", "trace.limit=3")
+    assert main([*words, "--executor", "cpu", "--out", str(tmp_path / "r"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert err == f"saved: {tmp_path / 'r'}\n"
+    assert (summary["requests"], summary["completed"]) == (3, 3)
+    with (tmp_path / "r" / "requests.csv").open() as file:
+        requests = list(csv.DictReader(file))
+    assert all(float(row["ttft_s"]) > 0 for row in requests)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--set", "model=null"), "model: missing; expected a file such as configs/models/tiny.yaml to run"),
+        (("--set", "scheduler.num_blocks=null"), "scheduler.num_blocks: missing; expected the KV blocks to take"),
+        (("--set", "trace.limit=100"), "{model}: max_positions: found 4096; expected at least the"),
+    ],
+)
+def test_what_a_model_on_the_cpu_lacks_is_said(
+    words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    configs = Path(__file__).parent.parent / "configs"
+    model = configs / "models" / "tiny.yaml"
+    first = ("replay", str(configs / "replay-cpu-tiny.yaml"), "--set", f"model={model}", "--executor", "cpu")
+    assert main([*first, *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line.format(model=model)}")
+
+
 @pytest.mark.skipif(not AZURE.exists(), reason=f"the Azure conversation trace is not in {TRACES}")
 def test_the_azure_conversation_trace_completes_on_the_shipped_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--trace", str(AZURE), "--policies", "static-64,adaptive", "--json"]) == 0

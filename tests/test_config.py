@@ -74,7 +74,9 @@ def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[st
 
 
 def test_an_unknown_field_on_top_is_answered_with_the_known_ones() -> None:
-    assert refusal({"sead": 1}) == ("c.yaml: sead: unknown; expected one of policy, profile, scheduler, slo, trace")
+    assert refusal({"sead": 1}) == (
+        "c.yaml: sead: unknown; expected one of model, policy, profile, scheduler, slo, trace, weights"
+    )
 
 
 def test_a_long_value_is_cut_in_the_message() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from importlib.util import find_spec
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,20 +17,66 @@ from semipd.cost import ConstantCost
 from semipd.executor import Executor
 from semipd.sim import SimExecutor
 
-LAYERS = 4
+LAYERS = 12
 SPLIT, OTHER_SPLIT = Allocation(Mode.SPLIT, 64, 68), Allocation(Mode.SPLIT, 32, 100)
 PROMPT = 12
 LONG = 10**6  # tokens of output that no test waits for
 
-EXECUTORS: dict[str, Callable[[], Executor]] = {
-    "sim": lambda: SimExecutor(ConstantCost(1e-3, 2e-3, layers=LAYERS)),
+
+def running_a_model(device: Literal["cpu", "cuda"]) -> AbstractContextManager[Executor]:
+    """Runs are launched here whose context nobody computed, hence the blank one."""
+    import torch
+
+    from semipd.model_config import ModelConfig
+    from semipd.torch_executor import open_executor
+
+    torch.set_num_threads(1)  # a tiny model's threads spend their time waiting for each other
+    wide = device == "cuda"  # flashinfer has kernels for wide heads and 16 bits
+    model = ModelConfig(
+        hidden_size=256 if wide else 16,
+        layers=LAYERS,
+        query_heads=2,
+        kv_heads=1,
+        head_dim=128 if wide else 8,
+        intermediate_size=256 if wide else 16,
+        vocab_size=128,
+        rope_theta=1e4,
+        dtype="bfloat16" if wide else "float32",
+    )
+    return open_executor(
+        model, device=device, num_blocks=1000, max_num_seqs=8, prefill_sms=[32, 64], blank_context=True
+    )
+
+
+EXECUTORS: dict[str, Callable[[], AbstractContextManager[Executor]]] = {
+    "sim": lambda: nullcontext(SimExecutor(ConstantCost(1e-3, 2e-3, layers=LAYERS))),
+    "cpu": lambda: running_a_model("cpu"),
+    "cuda": lambda: running_a_model("cuda"),
 }
 
 
-@pytest.fixture(scope="module", params=EXECUTORS)
-def fresh(request: pytest.FixtureRequest) -> Callable[[], Executor]:
-    """Makes executors of one kind."""
-    return EXECUTORS[request.param]
+def kinds() -> list[object]:
+    """Those that can be tested here."""
+    if find_spec("torch") is None:
+        return ["sim"]
+    import torch
+
+    gpu = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
+    if not torch.cuda.is_available():
+        gpu.append(pytest.mark.skip(reason="no CUDA device"))
+    return ["sim", "cpu", pytest.param("cuda", marks=gpu)]
+
+
+@pytest.fixture(scope="module", params=kinds())
+def fresh(request: pytest.FixtureRequest) -> Iterator[Callable[[], Executor]]:
+    """Makes executors of one kind, each of which ends the one before."""
+    with ExitStack() as opened:
+
+        def make() -> Executor:
+            opened.pop_all().close()
+            return opened.enter_context(EXECUTORS[request.param]())
+
+        yield make
 
 
 @pytest.fixture
@@ -168,7 +217,7 @@ def test_a_prefill_run_goes_on_with_the_layers_that_are_left_and_gives_its_token
     executor: Executor,
 ) -> None:
     (request,) = sequences(1)
-    left = 1000
+    left = LAYERS
     finished: list[int] = []
     for run_id in range(1, 4):
         executor.launch(prefill(run_id, request, layers=left))

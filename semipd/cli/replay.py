@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from semipd.compare import Outcome, Setup
+    from semipd.config import ReplayConfig
     from semipd.core import StepRecord
+    from semipd.executor import Executor
     from semipd.metrics import Summary
+    from semipd.scheduler import Scheduler
 
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the configuration; repeatable.")
@@ -30,9 +33,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 class ExecutorName(str, Enum):
-    """Where a replay runs."""
+    """Where a replay runs: in simulation, or a model with torch on this machine's CPU or GPU."""
 
     SIM = "sim"
+    GPU = "gpu"
+    CPU = "cpu"
 
 
 def replay(
@@ -43,15 +48,18 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Replay a trace under one policy."""
-    from semipd.compare import policy_names, prepare, rate_rps, simulate
+    from semipd.compare import policy_names, prepare, rate_rps, run
     from semipd.config import ReplayConfig, load
 
-    del executor  # there is one so far
     found = load(config, ReplayConfig, tuple(sets or ()))
     setup = prepare(found)
     policy_names((found.policy,), setup)  # refuse an unknown one before anything is written
-    with _saved(out, found.model_dump(mode="json")) as each, _watched(found.policy, len(setup.trace)) as watch:
-        outcome = simulate(setup, found.policy, watch=watch, each=each)
+    with (
+        _opened(executor, found, setup) as (opened, scheduler, ran),
+        _saved(out, found.model_dump(mode="json")) as each,
+        _watched(found.policy, len(setup.trace)) as watch,
+    ):
+        outcome = run(setup, found.policy, scheduler, opened, watch=watch, each=each)
     if out is not None:
         _save(out, outcome)
     if as_json:
@@ -59,7 +67,7 @@ def replay(
     else:
         from semipd.report.comparison import summary_report
 
-        show(summary_report(outcome.summary, setup.profile, setup.trace.name, rate_rps(setup.trace)))
+        show(summary_report(outcome.summary, setup.profile, setup.trace.name, rate_rps(setup.trace), ran))
     _note_outside([outcome.summary])
     if not outcome.complete:
         note(f"interrupted: {outcome.summary.completed} of {outcome.summary.requests} requests are complete")
@@ -138,13 +146,76 @@ def _run_all(
 
 
 @contextmanager
+def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[tuple[Executor, Scheduler, str | None]]:
+    """The executor, a scheduler for it, and what runs where if it is no simulation."""
+    from dataclasses import replace
+    from importlib.util import find_spec
+
+    from semipd.config import load
+    from semipd.core import InputError
+    from semipd.policies import make_policy
+    from semipd.scheduler import Scheduler
+
+    policy = make_policy(config.policy, setup.cost, setup.slo)
+    if name is ExecutorName.SIM:
+        from semipd.sim import SimExecutor
+
+        simulated = SimExecutor(setup.cost)
+        yield (
+            simulated,
+            Scheduler(setup.scheduler, policy, device_sms=setup.cost.device_sms, layers=setup.cost.layers),
+            None,
+        )
+        return
+    if find_spec("torch") is None:
+        raise InputError("running a model needs torch: pip install 'semipd[gpu]'")
+    if config.model is None:
+        raise InputError("model: missing; expected a file such as configs/models/tiny.yaml to run")
+    blocks = config.scheduler.num_blocks
+    if name is ExecutorName.CPU and blocks is None:
+        raise InputError("scheduler.num_blocks: missing; expected the KV blocks to take of this machine's memory")
+    from semipd.model_config import ModelConfig
+    from semipd.torch_executor import open_executor
+
+    model = load(Path(config.model), ModelConfig)
+    longest = int((setup.trace.prompt_len + setup.trace.output_len).max())
+    if longest > model.max_positions:
+        raise InputError(
+            f"{config.model}: max_positions: found {model.max_positions}; expected at least the {longest} tokens "
+            "of the longest request"
+        )
+    options, device = config.scheduler, "cpu" if name is ExecutorName.CPU else "cuda"
+    with open_executor(
+        model,
+        device="cpu" if name is ExecutorName.CPU else "cuda",
+        weights_dir=Path(config.weights) if config.weights else None,
+        num_blocks=blocks,
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        prefill_sms=[split.prefill_sms for split in setup.cost.splits],
+    ) as opened:
+        limits = replace(setup.scheduler, num_blocks=opened.num_blocks)
+        scheduler = Scheduler(limits, policy, device_sms=setup.cost.device_sms, layers=opened.layers)
+        opened.follow(scheduler.blocks.tokens)
+        if name is ExecutorName.GPU:
+            opened.prepare(setup.cost.splits, options.max_num_batched_tokens)
+        yield (
+            opened,
+            scheduler,
+            f"Ran {Path(config.model).stem} on this machine ({device}), priced by {setup.profile.name}.",
+        )
+
+
+@contextmanager
 def _watched(policy: str, requests: int) -> Iterator[Callable[[float, int], None]]:
     """A progress bar on stderr: requests finished, simulated time, time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(policy), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = TextColumn("simulated {task.fields[now_s]:.0f} s")
+    shown = TextColumn("at {task.fields[now_s]:.0f} s")
     with Progress(*columns, shown, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=requests, now_s=0.0)
         yield lambda now_s, finished: bar.update(task, completed=finished, now_s=now_s)

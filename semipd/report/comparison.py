@@ -28,12 +28,14 @@ def comparison_report(found: Comparison) -> RenderableType:
     )
 
 
-def summary_report(summary: Summary, profile: Profile, trace: str, rate_rps: float | None) -> RenderableType:
-    """One replay, at so many requests a second."""
+def summary_report(
+    summary: Summary, profile: Profile, trace: str, rate_rps: float | None, ran: str | None = None
+) -> RenderableType:
+    """One replay, at so many requests a second; ``ran``: what ran where, if it was no simulation."""
     lines = [
         f"Completed {summary.completed:,}, dropped {summary.dropped:,}; {summary.saturation}.",
         f"Time in split: {_splits(summary)}.",
-        *_caveats([summary], profile),
+        *_caveats([summary], profile, ran),
     ]
     return Group(_title(trace, summary, rate_rps), _table([summary], {}), *(Text(line) for line in lines))
 
@@ -71,16 +73,16 @@ def _notes(found: Comparison) -> Text:
     return Text("\n".join([*lines, *_caveats(found.runs, found.profile)]))
 
 
-def _caveats(runs: Sequence[Summary], profile: Profile) -> list[str]:
+def _caveats(runs: Sequence[Summary], profile: Profile, ran: str | None = None) -> list[str]:
     """What one has to know to read the figures: what was simulated, by which predictor, and where it stops."""
     lines = [
         "SLO %: requests that met both targets, good rps: these per second; switch: changes of the partitions; "
         "split, full, idle %: of the time, in a split, on the whole device, with nothing in flight.",
-        f"Simulated on {profile.device}, {profile.name}. {profile.description}",
+        f"Simulated on {profile.device}, {profile.name}. {profile.description}" if ran is None else ran,
     ]
-    if any(run.policy == "adaptive" for run in runs):
+    if ran is None and any(run.policy == "adaptive" for run in runs):
         lines.append(f"adaptive predicts with {PREDICTOR}.")
-    if any(run.switches for run in runs):
+    if ran is None and any(run.switches for run in runs):
         lines.append("A switch costs the wait until both phases reach a boundary, and nothing else.")
     lost = [f"{run.policy} {run.requests - run.completed:,}" for run in runs if run.completed < run.requests]
     if lost:

@@ -1,0 +1,250 @@
+"""Causal attention of a ragged batch over the paged KV cache: plain torch, and flashinfer.
+
+A backend makes plans: one for prefill on a partition, one for decode with a fixed number of rows. A plan is told
+a batch, then runs its layers; it has its own workspace, so plans of the two phases never meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semipd.core import IntArray
+from semipd.model_config import ModelConfig
+from semipd.paged_kv import PagedKvCache, Ragged
+from semipd.tiles import balance
+
+BACKENDS = ("fa2", "fa3", "fa3-sized")
+WORKSPACE_BYTES = 256 << 20  # flashinfer splits few queries over long keys into partial results
+
+
+class AttentionPlan(Protocol):
+    """Attention of one batch at a time, all layers alike."""
+
+    def plan(self, batch: Ragged) -> None:
+        """Get ready for the layers of this batch, which go to the current stream. Does not wait for the device."""
+        ...
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """Enqueue a layer: q [rows, query_heads, head_dim], whose keys are cached by now, gives the same shape."""
+        ...
+
+
+class Attention(Protocol):
+    """A way to compute attention. ``graphs``: whether ``run`` of a decode plan can be part of a CUDA graph."""
+
+    graphs: bool
+
+    def prefill(self, sms: int) -> AttentionPlan:
+        """For batches of any shape, on a partition of so many SMs."""
+        ...
+
+    def decode(self, rows: int) -> AttentionPlan:
+        """For batches of exactly so many sequences with one new token each."""
+        ...
+
+
+class TorchAttention:
+    """One sequence after the other in plain torch, on any device: the reference."""
+
+    graphs = False
+
+    def __init__(self, cache: PagedKvCache) -> None:
+        self._cache = cache
+
+    def prefill(self, sms: int) -> AttentionPlan:
+        """See ``Attention``."""
+        del sms
+        return TorchPlan(self._cache)
+
+    def decode(self, rows: int) -> AttentionPlan:
+        """See ``Attention``."""
+        del rows
+        return TorchPlan(self._cache)
+
+
+class TorchPlan:
+    """A batch for ``TorchAttention``."""
+
+    def __init__(self, cache: PagedKvCache) -> None:
+        self._cache = cache
+        self._sequences: list[tuple[slice, Tensor, int, Tensor | None]] = []
+
+    def plan(self, batch: Ragged) -> None:
+        """See ``AttentionPlan``."""
+        device = self._cache.keys.device
+        tables = torch.from_numpy(batch.blocks).to(device, non_blocking=True)
+        self._sequences = []
+        row = page = 0
+        for q_len, kv_len, pages in zip(
+            batch.q_lens.tolist(), batch.kv_lens.tolist(), batch.pages.tolist(), strict=True
+        ):
+            seen = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)
+            self._sequences.append(
+                (slice(row, row + q_len), tables[page : page + pages], kv_len, seen if q_len > 1 else None)
+            )
+            row, page = row + q_len, page + pages
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """See ``AttentionPlan``."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        out = torch.empty_like(q)
+        for rows, table, kv_len, seen in self._sequences:
+            k, v = (x[table].flatten(0, 1)[:kv_len].transpose(0, 1) for x in (keys, values))
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                q[rows].transpose(0, 1), k, v, attn_mask=seen, enable_gqa=True
+            )
+            out[rows] = attended.transpose(0, 1)
+        return out
+
+
+class FlashinferAttention:
+    """flashinfer on CUDA, 16-bit elements.
+
+    ``prefill_backend`` names the kernel of a partition by its SMs: ``fa2``, ``fa3``, or ``fa3-sized``, which is fa3
+    planned for the partition (docs/adr/0002-fa3-sized-to-the-partition.md). Decode uses tensor cores (fa2).
+    Prefill plans share one workspace and decode plans another, as there is one run of each phase at a time.
+    """
+
+    graphs = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        cache: PagedKvCache,
+        max_num_seqs: int,
+        prefill_backend: Callable[[int], str] = lambda sms: "fa2",  # noqa: ARG005 - whatever the size
+    ) -> None:
+        self._config, self._cache, self._prefill_backend = config, cache, prefill_backend
+        self._workspaces = [torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
+        self._pages = torch.zeros(cache.num_blocks + max_num_seqs, dtype=torch.int32, device="cuda")
+        self._indptr = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device="cuda")
+        self._last_page = torch.ones(max_num_seqs, dtype=torch.int32, device="cuda")
+        self._decode_ints: tuple[Tensor, Tensor] | None = None
+
+    def prefill(self, sms: int) -> AttentionPlan:
+        """See ``Attention``."""
+        return FlashinferPrefill(self._config, self._cache, self._workspaces[0], self._prefill_backend(sms), sms)
+
+    def decode(self, rows: int) -> AttentionPlan:
+        """See ``Attention``. Its buffers are shared by the plans of every number of rows."""
+        import flashinfer
+
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspaces[1],
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=self._indptr[: rows + 1],
+            paged_kv_indices_buffer=self._pages,
+            paged_kv_last_page_len_buffer=self._last_page[:rows],
+        )
+        # 8 MiB each on the device and pinned, for every wrapper, unless they share them.
+        if self._decode_ints is None:
+            self._decode_ints = wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer
+        wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer = self._decode_ints
+        return FlashinferDecode(self._config, self._cache, wrapper, self._pages)
+
+
+def _paging(batch: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+    """The pages as flashinfer wants them, in pinned memory: indptr [n + 1], ids, tokens in the last ones [n]."""
+    indptr = np.concatenate(([0], np.cumsum(batch.pages)))
+    last = (batch.kv_lens - 1) % batch.block_size + 1
+    pinned = [torch.from_numpy(x.astype(np.int32)).pin_memory() for x in (indptr, batch.blocks, last)]
+    return pinned[0], pinned[1], pinned[2]
+
+
+class FlashinferPrefill:
+    """Prefill batches with one kernel on one partition."""
+
+    def __init__(self, config: ModelConfig, cache: PagedKvCache, workspace: Tensor, backend: str, sms: int) -> None:
+        import flashinfer
+
+        if backend not in BACKENDS:
+            raise ValueError(f"prefill backend: found {backend!r}; expected one of {', '.join(BACKENDS)}")
+        if backend == "fa3-sized" and config.head_dim != 128:
+            raise ValueError(f"prefill backend: found fa3-sized with head_dim {config.head_dim}; expected 128")
+        self._config, self._cache, self._backend, self._sms = config, cache, backend, sms
+        self._wrapper: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "NHD", backend="fa2" if backend == "fa2" else "fa3"
+        )
+
+    def plan(self, batch: Ragged) -> None:
+        """See ``AttentionPlan``."""
+        config = self._config
+        q_indptr = np.concatenate(([0], np.cumsum(batch.q_lens)))
+        indptr, pages, last = _paging(batch)
+        self._wrapper.plan(
+            torch.from_numpy(q_indptr.astype(np.int32)).pin_memory(),
+            indptr,
+            pages.to("cuda", non_blocking=True),
+            last,
+            config.query_heads,
+            config.kv_heads,
+            config.head_dim,
+            batch.block_size,
+            causal=True,
+            q_data_type=getattr(torch, config.dtype),
+        )
+        if self._backend == "fa3-sized":
+            self._size(batch, q_indptr, indptr.numpy())
+
+    def _size(self, batch: Ragged, q_indptr: IntArray, kv_indptr: IntArray) -> None:
+        """Deal the tiles to the partition's SMs only; raises RuntimeError when flashinfer's plan has another layout."""
+        info = [int(x) for x in self._wrapper._plan_info]
+        device_ctas = torch.cuda.get_device_properties("cuda").multi_processor_count
+        if len(info) != 9 or self._sms > device_ctas:
+            raise RuntimeError(f"flashinfer's fa3 plan is {info}; expected nine numbers")
+        if info[8]:  # a huge batch, planned once for all heads: its many tiles fill any partition evenly
+            return
+        config = self._config
+        group = config.query_heads // config.kv_heads
+        tiles = balance(batch.q_lens.tolist(), batch.kv_lens.tolist(), config.query_heads, group, self._sms)
+        columns = (
+            tiles.tile,
+            q_indptr[tiles.sequence],
+            kv_indptr[tiles.sequence],
+            batch.q_lens[tiles.sequence],
+            batch.kv_lens[tiles.sequence],
+            tiles.head,
+            np.concatenate([tiles.indptr, np.full(device_ctas - self._sms, tiles.indptr[-1])]),
+            tiles.sequence,
+        )
+        for offset, column in zip(info[:8], columns, strict=True):
+            data = torch.from_numpy(column.astype(np.int32)).view(torch.uint8).pin_memory()
+            self._wrapper._int_workspace_buffer[offset : offset + len(data)].copy_(data, non_blocking=True)
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """See ``AttentionPlan``."""
+        return self._wrapper.run(q, (self._cache.keys[layer], self._cache.values[layer]))
+
+
+class FlashinferDecode:
+    """Decode batches of one size; the arguments of ``run`` stay where they are, so that a CUDA graph can hold it."""
+
+    def __init__(self, config: ModelConfig, cache: PagedKvCache, wrapper: Any, pages: Tensor) -> None:
+        self._config, self._cache, self._wrapper, self._pages = config, cache, wrapper, pages
+
+    def plan(self, batch: Ragged) -> None:
+        """See ``AttentionPlan``. What it copies comes from pinned memory that the next ``plan`` overwrites."""
+        config = self._config
+        indptr, pages, last = _paging(batch)
+        self._pages[: len(pages)].copy_(pages, non_blocking=True)
+        self._wrapper.plan(
+            indptr,
+            self._pages[: len(pages)],
+            last,
+            config.query_heads,
+            config.kv_heads,
+            config.head_dim,
+            batch.block_size,
+            q_data_type=getattr(torch, config.dtype),
+        )
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """See ``AttentionPlan``."""
+        return self._wrapper.run(q, (self._cache.keys[layer], self._cache.values[layer]))

@@ -1,0 +1,111 @@
+"""A model made ready for the streams of a device: attention plans, and decode steps captured for every batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semipd.attention import Attention, AttentionPlan
+from semipd.core import Allocation, IntArray, Phase
+from semipd.model import Hidden, Model, Rows
+from semipd.paged_kv import Ragged
+from semipd.torch_device import Device, Stream
+
+
+def bucket(sequences: int, most: int) -> int:
+    """Rows that a decode batch is padded to: 1, 2, 4, then multiples of 8, at most ``most``."""
+    return min(most, sequences if sequences <= 2 else 4 if sequences <= 4 else -(-sequences // 8) * 8)
+
+
+class Engine:
+    """A model made ready to run on the streams of a device.
+
+    Attributes:
+        decode_buffers: What a decode step reads: token ids, which it replaces by the next ones, positions and slots;
+            int64 [max_num_seqs] each.
+    """
+
+    def __init__(self, model: Model, attention: Attention, device: Device, max_num_seqs: int) -> None:
+        self.model, self.device, self.max_num_seqs = model, device, max_num_seqs
+        self._attention = attention
+        tokens, positions, slots = (torch.zeros(max_num_seqs, dtype=torch.int64, device=device.name) for _ in range(3))
+        self.decode_buffers = tokens, positions, slots
+        self._prefill_plans: dict[int, AttentionPlan] = {}
+        self._decode_plans: dict[int, AttentionPlan] = {}
+        self._decode_steps: dict[tuple[Stream, int], Callable[[], None]] = {}
+
+    def prefill_plan(self, sms: int) -> AttentionPlan:
+        """Prefill attention on a partition of so many SMs."""
+        if sms not in self._prefill_plans:
+            self._prefill_plans[sms] = self._attention.prefill(sms)
+        return self._prefill_plans[sms]
+
+    def decode_plan(self, rows: int) -> AttentionPlan:
+        """Decode attention of so many rows."""
+        if rows not in self._decode_plans:
+            self._decode_plans[rows] = self._attention.decode(rows)
+        return self._decode_plans[rows]
+
+    def decode_step(self, stream: Stream, rows: int) -> Callable[[], None]:
+        """What enqueues a step of so many rows on the stream, once they are planned.
+
+        Made when it is first asked for, which overwrites ``decode_buffers``.
+        """
+        key = stream, rows
+        if key not in self._decode_steps:
+            self._decode_steps[key] = self._make_decode_step(stream, rows)
+        return self._decode_steps[key]
+
+    def _make_decode_step(self, stream: Stream, rows: int) -> Callable[[], None]:
+        model, plan = self.model, self.decode_plan(rows)
+        tokens, positions, slots = (buffer[:rows] for buffer in self.decode_buffers)
+
+        def step() -> None:
+            hidden, of = model.embed(tokens), Rows(positions, slots, plan)
+            for layer in range(model.config.layers):
+                hidden = model.layer(layer, hidden, of)
+            tokens.copy_(model.logits(hidden).argmax(dim=-1))
+
+        if not self._attention.graphs:
+            return step
+        with stream.use():
+            plan.plan(self._blank((1,) * rows))
+            tokens.zero_()
+            positions.zero_()
+            slots.fill_(model.cache.scratch * model.cache.block_size)
+        return stream.capture(step)
+
+    def _blank(self, lengths: tuple[int, ...]) -> Ragged:
+        """Sequences of so many tokens that all lie in the scratch block."""
+        cache = self.model.cache
+        tables = [[cache.scratch] * -(-n // cache.block_size) for n in lengths]
+        return Ragged.of(lengths, (0,) * len(lengths), tables, cache.block_size)
+
+    def prepare(self, at: Allocation, prefill_tokens: int) -> None:
+        """See ``TorchExecutor.prepare``."""
+        stream = self.device.stream(Phase.DECODE, at)
+        buckets = {bucket(n + 1, self.max_num_seqs) for n in range(self.max_num_seqs)}
+        for rows in sorted(buckets, reverse=True):  # the memory of the largest is enough for the others
+            self.decode_step(stream, rows)
+        batch = self._blank((prefill_tokens,))
+        with self.device.stream(Phase.PREFILL, at).use():
+            plan, (rows_of, hidden) = self.prefill_plan(at.prefill_sms), self.start_prefill(batch, batch.positions * 0)
+            plan.plan(batch)
+            hidden = self.model.layer(0, hidden, Rows(*rows_of, plan))
+            self.model.logits(hidden.take(self.device.upload(np.zeros(1, np.int64))))
+        self.device.synchronize()
+
+    def start_prefill(self, batch: Ragged, tokens: IntArray) -> tuple[tuple[Tensor, Tensor], Hidden]:
+        """Positions and slots of a batch, and its state before the first layer, on the current stream."""
+        upload = self.device.upload
+        return (upload(batch.positions), upload(batch.slots)), self.model.embed(upload(tokens))
+
+    def close(self) -> None:
+        """Wait for the device; drop graphs and plans."""
+        self.device.synchronize()
+        self._decode_steps.clear()
+        self._decode_plans.clear()
+        self._prefill_plans.clear()

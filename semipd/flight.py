@@ -1,0 +1,242 @@
+"""Runs in flight on a device: what each enqueues, a step at a time, and what is seen of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from semipd.core import Run
+from semipd.engine import Engine, bucket
+from semipd.executor import finished_by_prefill, output_left
+from semipd.model import Hidden, Rows
+from semipd.paged_kv import Ragged
+from semipd.sequences import Sequences
+from semipd.torch_device import Mark, Stream
+
+LOOK_AHEAD = 2
+"""Steps of a run in flight at most: one at work and one behind it, so that a yield takes effect within two."""
+
+
+class Flight(ABC):
+    """A run in flight: the steps enqueued, and those whose end was seen.
+
+    Attributes:
+        ends_s: When each step ended, as far as it was seen.
+    """
+
+    def __init__(self, run: Run, stream: Stream, steps: int, now: Callable[[], float]) -> None:
+        self.run = run
+        self.start_s = now()
+        self.ends_s: list[float] = []
+        self._stream, self._now = stream, now
+        self._steps = steps  # at which the run ends
+        self._enqueued = 0
+        self._pending: deque[tuple[Mark, Tensor | None]] = deque()
+        self._begun: tuple[float, Mark] | None = None  # the host's time, and the device's
+
+    @abstractmethod
+    def enqueue(self, step: int) -> Tensor | None:
+        """Enqueue a step on the current stream; the host's copy of the tokens it samples, if any."""
+
+    @abstractmethod
+    def sampled(self, tokens: list[int]) -> None:
+        """Take note of the tokens of the next step that sampled any."""
+
+    @abstractmethod
+    def complete(self) -> tuple[int, ...]:
+        """Take note of what the run did, once it has ended; ids of the requests it finished."""
+
+    def ready(self) -> bool:
+        """Whether the next step could be enqueued now."""
+        return True
+
+    def feed(self) -> None:
+        """Enqueue a step, if there is one and it is not too far ahead."""
+        if self._enqueued == self._steps or len(self._pending) >= LOOK_AHEAD or not self.ready():
+            return
+        with self._stream.use():
+            if self._begun is None:
+                self._begun = self._now(), self._stream.mark()
+            tokens = self.enqueue(self._enqueued)
+            self._pending.append((self._stream.mark(), tokens))
+        self._enqueued += 1
+
+    def stop(self) -> None:
+        """End after what is enqueued, or the first step."""
+        self._steps = min(self._steps, max(1, self._enqueued))
+
+    def steps_done(self) -> int:
+        """Steps that were seen to be done, or cannot be taken back and have another one behind them."""
+        return max(len(self.ends_s), self._enqueued - 1)
+
+    def ended(self) -> bool:
+        """Look at what has been reached by now, and whether that is the end."""
+        while self._begun and self._pending and self._pending[0][0].reached():
+            mark, tokens = self._pending.popleft()
+            begun_s, begun = self._begun
+            self.ends_s.append(begun_s + mark.seconds_since(begun))
+            if tokens is not None:
+                self.sampled(tokens.tolist())
+        return len(self.ends_s) == self._steps
+
+
+class PrefillBatch:
+    """A prefill batch on its way through the layers, of which ``layers`` are left."""
+
+    def __init__(self, run: Run, layers: int) -> None:
+        self.run = run
+        self.layers = layers
+        self.started: tuple[tuple[Tensor, Tensor], Hidden] | None = None  # positions and slots, state
+
+    def continued_by(self, run: Run) -> bool:
+        """Whether a run does what is left."""
+        mine = self.run
+        return run.max_steps == self.layers and (run.requests, run.new_tokens, run.context_lens, run.emits) == (
+            mine.requests,
+            mine.new_tokens,
+            mine.context_lens,
+            mine.emits,
+        )
+
+
+class PrefillFlight(Flight):
+    """Layers of one batch.
+
+    A batch that goes on after a yield may do so on another stream. That needs no event: the run before has been seen
+    to end, and a tensor's memory goes back to the stream it came from, where nothing runs meanwhile.
+    """
+
+    def __init__(
+        self, engine: Engine, sequences: Sequences, run: Run, batch: PrefillBatch, now: Callable[[], float]
+    ) -> None:
+        super().__init__(run, engine.device.stream(run.phase, run.allocation), run.max_steps, now)
+        self._engine, self._sequences, self._batch = engine, sequences, batch
+        self._plan = engine.prefill_plan(run.allocation.prefill_sms)
+        self._first_tokens: list[int] = []
+        self._emitting: Tensor | None = None
+
+    @property
+    def stopped(self) -> PrefillBatch | None:
+        """The batch, when layers are left."""
+        return self._batch if self._batch.layers else None
+
+    def enqueue(self, step: int) -> Tensor | None:
+        """See ``Flight``: a layer, at last with the first tokens."""
+        model, batch = self._engine.model, self._batch
+        if step == 0:
+            self._begin()
+        (positions, slots), hidden = batch.started  # type: ignore[misc] # _begin started it
+        hidden = model.layer(model.config.layers - batch.layers, hidden, Rows(positions, slots, self._plan))
+        batch.started = (positions, slots), hidden
+        batch.layers -= 1
+        if batch.layers or self._emitting is None:
+            return None
+        return self._engine.device.download(model.logits(hidden.take(self._emitting)).argmax(dim=-1))
+
+    def _begin(self) -> None:
+        run, sequences, blocks = self.run, self._sequences, self._sequences.blocks
+        for request, new, context in zip(run.requests, run.new_tokens, run.context_lens, strict=True):
+            sequences.grow(request.id, context + new)
+        tables = [blocks.of(request.id) for request in run.requests]
+        ragged = Ragged.of(run.new_tokens, run.context_lens, tables, blocks.block_size)
+        self._plan.plan(ragged)
+        if self._batch.started is None:
+            parts = zip(run.requests, run.new_tokens, run.context_lens, strict=True)
+            tokens = [sequences.history(request).between(n, n + new) for request, new, n in parts]
+            self._batch.started = self._engine.start_prefill(ragged, np.concatenate(tokens))
+        last = (np.cumsum(ragged.q_lens) - 1)[list(run.emits)]
+        self._emitting = self._engine.device.upload(last) if len(last) else None
+
+    def sampled(self, tokens: list[int]) -> None:
+        """See ``Flight``."""
+        self._first_tokens = tokens
+
+    def complete(self) -> tuple[int, ...]:
+        """See ``Flight``."""
+        run = self.run
+        if self._batch.layers:
+            return ()
+        tokens = iter(self._first_tokens)
+        parts = zip(run.requests, run.new_tokens, run.context_lens, run.emits, strict=True)
+        for request, new, context, emits in parts:
+            history = self._sequences.history(request)
+            history.cached = context + new
+            if emits:
+                history.add(context + new, (next(tokens),))
+        return finished_by_prefill(run)
+
+
+class DecodeFlight(Flight):
+    """Steps of one batch, padded to its bucket with rows that write to the scratch block."""
+
+    def __init__(self, engine: Engine, sequences: Sequences, run: Run, steps: int, now: Callable[[], float]) -> None:
+        super().__init__(run, engine.device.stream(run.phase, run.allocation), steps, now)
+        self._engine, self._sequences = engine, sequences
+        cache, rows = engine.model.cache, bucket(len(run.requests), engine.max_num_seqs)
+        self._step, self._plan = engine.decode_step(self._stream, rows), engine.decode_plan(rows)
+        self._ids = [request.id for request in run.requests]
+        self._kv_lens = np.ones(rows, np.int64)  # in the step to come
+        self._kv_lens[: len(self._ids)] = np.array(run.context_lens) + 1
+        self._pages = np.zeros(rows, np.int64)  # that are in the table
+        self._table = np.full((rows, 1), cache.scratch)  # block ids
+        self._tokens: list[list[int]] = []
+        self._planned: Mark | None = None
+
+    def ready(self) -> bool:
+        """See ``Flight``: what the last step's plan was copied from is free again."""
+        return self._planned is None or self._planned.reached()
+
+    def enqueue(self, step: int) -> Tensor:
+        """See ``Flight``: a token for every sequence."""
+        device, n = self._engine.device, len(self._ids)
+        buffers = self._engine.decode_buffers
+        batch = self._next_batch()
+        if step == 0:
+            parts = zip(self.run.requests, self.run.context_lens, strict=True)
+            tokens = [self._sequences.history(request).between(cached, cached + 1) for request, cached in parts]
+            buffers[0][:n].copy_(device.upload(np.concatenate(tokens)))
+        for buffer, values in zip(buffers[1:], (batch.positions, batch.slots), strict=True):
+            buffer[: len(values)].copy_(device.upload(values))
+        self._plan.plan(batch)
+        self._planned = self._stream.mark()
+        self._step()
+        self._kv_lens[:n] += 1
+        return device.download(buffers[0][:n])
+
+    def _next_batch(self) -> Ragged:
+        """The batch in the step to come, its sequences having the blocks for it."""
+        n, blocks = len(self._ids), self._sequences.blocks
+        pages = -(-self._kv_lens // blocks.block_size)
+        if pages.max() > self._table.shape[1]:
+            wider = np.full((len(self._table), 2 * pages.max()), self._engine.model.cache.scratch)
+            wider[:, : self._table.shape[1]] = self._table
+            self._table = wider
+        for i in np.flatnonzero(pages[:n] > self._pages[:n]):
+            self._sequences.grow(self._ids[i], int(self._kv_lens[i]))
+            self._table[i, : pages[i]] = blocks.of(self._ids[i])[: pages[i]]
+        self._pages = pages
+        mine = np.arange(self._table.shape[1]) < pages[:, None]
+        ones = np.ones(len(pages), np.int64)
+        return Ragged(ones, self._kv_lens.copy(), self._table[mine], blocks.block_size)
+
+    def sampled(self, tokens: list[int]) -> None:
+        """See ``Flight``."""
+        self._tokens.append(tokens)
+
+    def complete(self) -> tuple[int, ...]:
+        """See ``Flight``."""
+        run, finished = self.run, []
+        steps = len(self._tokens)
+        left = output_left(run)
+        columns = zip(*self._tokens, strict=True)
+        for request, cached, wanted, tokens in zip(run.requests, run.context_lens, left, columns, strict=True):
+            history = self._sequences.history(request)
+            history.cached = cached + steps
+            history.add(cached + 1, tokens)
+            if wanted == steps:
+                finished.append(request.id)
+        return tuple(finished)

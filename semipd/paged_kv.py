@@ -1,0 +1,126 @@
+"""The paged KV cache on a device, and which of its blocks each sequence has.
+
+The scheduler counts blocks (``BlockManager``); here they get numbers. PagedAttention, arXiv 2309.06180.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semipd.core import IntArray
+from semipd.model_config import ModelConfig
+
+
+class BlockMap:
+    """Hands out the blocks 0 to ``num_blocks`` - 1; those given back last go first."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._held: dict[int, list[int]] = {}
+
+    @property
+    def free(self) -> int:
+        """Blocks that no sequence has."""
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Those that have blocks."""
+        return tuple(self._held)
+
+    def of(self, sequence: int) -> list[int]:
+        """Its blocks, in order of its tokens; not to be changed."""
+        return self._held.get(sequence, [])
+
+    def missing(self, sequence: int, tokens: int) -> int:
+        """Blocks that it would take for the sequence to have room for so many tokens."""
+        return max(0, -(-tokens // self.block_size) - len(self.of(sequence)))
+
+    def grow(self, sequence: int, tokens: int) -> None:
+        """Give it room for so many tokens. Raises RuntimeError when too few blocks are free."""
+        missing = self.missing(sequence, tokens)
+        if missing > len(self._free):
+            raise RuntimeError(f"sequence {sequence} needs {missing} KV blocks more, {len(self._free)} are free")
+        held = self._held.setdefault(sequence, [])
+        for _ in range(missing):
+            held.append(self._free.pop())
+
+    def release(self, sequence: int) -> None:
+        """Take back all that it has, which may be nothing."""
+        self._free += reversed(self._held.pop(sequence, []))
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """A batch of sequences, each with new tokens after cached ones.
+
+    ``q_lens``: new tokens, shape [sequences]. ``kv_lens``: all tokens, the new ones included, shape [sequences].
+    ``blocks``: block ids of the first sequence, then of the second, and so on.
+    """
+
+    q_lens: IntArray
+    kv_lens: IntArray
+    blocks: IntArray
+    block_size: int
+
+    @staticmethod
+    def of(new_tokens: Iterable[int], context_lens: Iterable[int], tables: list[list[int]], size: int) -> Ragged:
+        """From what each sequence adds and has, and its blocks, of which there may be more than it needs."""
+        q_lens = np.fromiter(new_tokens, np.int64)
+        kv_lens = np.fromiter(context_lens, np.int64) + q_lens
+        pages = -(-kv_lens // size)
+        blocks = np.concatenate([np.array(table[:n], np.int64) for table, n in zip(tables, pages, strict=True)])
+        return Ragged(q_lens, kv_lens, blocks, size)
+
+    @property
+    def pages(self) -> IntArray:
+        """Blocks of each sequence, shape [sequences]."""
+        return -(-self.kv_lens // self.block_size)
+
+    @property
+    def rows(self) -> int:
+        """New tokens in all."""
+        return int(self.q_lens.sum())
+
+    @property
+    def positions(self) -> IntArray:
+        """Of each new token in its sequence, shape [rows]."""
+        starts = np.cumsum(self.q_lens) - self.q_lens
+        shifts: IntArray = np.repeat(self.kv_lens - self.q_lens - starts, self.q_lens)
+        return shifts + np.arange(self.rows)
+
+    @property
+    def slots(self) -> IntArray:
+        """Where each new token goes in the cache, ``block * block_size + offset``, shape [rows]."""
+        positions, pages = self.positions, self.pages
+        first = np.repeat(np.cumsum(pages) - pages, self.q_lens)
+        blocks: IntArray = self.blocks[first + positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
+
+
+class PagedKvCache:
+    """Keys and values of every layer, each [layers, num_blocks + 1, block_size, kv_heads, head_dim], zero at first.
+
+    The last block, ``scratch``, belongs to no sequence: the rows that pad a decode batch live there.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: str) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks {num_blocks}, block_size {block_size}: expected at least 1 of each")
+        self.num_blocks, self.block_size, self.scratch = num_blocks, block_size, num_blocks
+        shape = (config.layers, num_blocks + 1, block_size, config.kv_heads, config.head_dim)
+        self.keys, self.values = (
+            torch.zeros(shape, dtype=getattr(torch, config.dtype), device=device) for _ in range(2)
+        )
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store the rows of keys and values, each [rows, kv_heads, head_dim], at these slots."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
