@@ -116,6 +116,7 @@ class Axis:
         self.low = 0.0 if values[0] <= FLOORS.get(name, 0) else values[0]
         self.high = max(values[-1], high)
         self._values = tuple(values)
+        self._last = len(values) - 1
         self._knots = tuple(log2(x) for x in values) if log else self._values
         self._log = log
 
@@ -124,13 +125,14 @@ class Axis:
 
     def place(self, x: float) -> tuple[int, tuple[float, ...], bool]:
         """Index of the first neighbour, the neighbours' weights, and whether x is outside (and clamped)."""
-        if len(self) == 1:
+        values, last = self._values, self._last
+        if last == 0:
             return 0, (1.0,), not self.low <= x <= self.high
-        if x <= self._values[0]:
+        if x <= values[0]:
             return 0, (1.0, 0.0), x < self.low
-        if x >= self._values[-1]:
-            return len(self) - 2, (0.0, 1.0), x > self.high
-        i = bisect_right(self._values, x) - 1
+        if x >= values[last]:
+            return last - 1, (0.0, 1.0), x > self.high
+        i = bisect_right(values, x) - 1
         low, high = self._knots[i], self._knots[i + 1]
         weight = ((log2(x) if self._log else x) - low) / (high - low)
         return i, (1 - weight, weight), False
@@ -145,11 +147,7 @@ class Grid(Generic[V]):
     def __init__(self, axes: Sequence[Axis], values: Sequence[V]) -> None:
         self.axes = tuple(axes)
         self.values: tuple[V, ...] = tuple(values)
-        index = np.arange(len(self.values)).reshape([len(axis) for axis in axes])
-        self._cells: dict[tuple[int, ...], list[V]] = {}  # values at a cell's corners, by its first corner's indices
-        for first in itertools.product(*(range(max(len(axis) - 1, 1)) for axis in axes)):
-            corners = index[tuple(slice(i, i + 2) for i in first)]
-            self._cells[first] = [self.values[i] for i in corners.flat]
+        self._cells: dict[tuple[int, ...], Sequence[V]] = {}  # those looked at, by their first corner's indices
 
     def at(self, *place: float) -> tuple[V, bool]:
         """Value at a place, and whether the place is outside the grid."""
@@ -159,7 +157,33 @@ class Grid(Generic[V]):
             first.append(i)
             weights = [a * b for a in weights for b in pair]
             outside = outside or out
-        return sum(map(mul, weights, self._cells[tuple(first)])), outside
+        key = tuple(first)
+        cell = self._cells.get(key)
+        if cell is None:
+            cell = self._cells[key] = self._cell(key)
+        return self._blend(weights, cell), outside
+
+    def _cell(self, first: tuple[int, ...]) -> Sequence[V]:
+        """Values at the corners of the cell that starts at these indices."""
+        corners = [0]
+        for axis, i in zip(self.axes, first, strict=True):
+            corners = [corner * len(axis) + j for corner in corners for j in (i, i + 1) if j < len(axis)]
+        return [self.values[corner] for corner in corners]
+
+    def _blend(self, weights: Sequence[float], cell: Sequence[V]) -> V:
+        blend: V = sum(map(mul, weights, cell))
+        return blend
+
+
+class VectorGrid(Grid[FloatArray]):
+    """A grid of vectors: the same sums, in one go."""
+
+    def _cell(self, first: tuple[int, ...]) -> Sequence[FloatArray]:
+        return np.array(super()._cell(first))  # type: ignore[return-value]  # shape [corners, knots]
+
+    def _blend(self, weights: Sequence[float], cell: Sequence[FloatArray]) -> FloatArray:
+        blend: FloatArray = np.add.reduce(np.array(weights)[:, np.newaxis] * cell)
+        return blend
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +192,7 @@ class DecodeCurves:
 
     kv: Axis
     kv_tokens: FloatArray
-    at_batch: Grid[FloatArray]
+    at_batch: VectorGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +205,8 @@ class Contention:
     """
 
     prefill: Grid[float]
-    decode: Grid[FloatArray]
-    solo: Grid[FloatArray]
+    decode: VectorGrid
+    solo: VectorGrid
     kv_tokens: FloatArray
     low: float
     high: float
@@ -261,14 +285,19 @@ class TableCost:
             )
             for p, d in sorted(shared)
         }
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keep what was looked up before."""
         self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
+        self._alone = lru_cache(maxsize=CURVES)(self._decode_alone)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_curve"}
+        return {name: value for name, value in vars(self).items() if name not in ("_curve", "_alone")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
+        self._remember()
 
     @property
     def splits(self) -> tuple[Allocation, ...]:
@@ -292,7 +321,9 @@ class TableCost:
         seconds = np.interp(kv_tokens, curve.kv_tokens, curve.seconds)
         if curve.outside:
             return seconds, len(kv_tokens)
-        return seconds, int(np.count_nonzero((kv_tokens < curve.low) | (kv_tokens > curve.high)))
+        above = int(np.count_nonzero(kv_tokens > curve.high))
+        below = int(np.count_nonzero(kv_tokens < curve.low)) if curve.low > 0 else 0
+        return seconds, above + below
 
     def _decode_curve(self, batch: int, at: Allocation, beside: PrefillShape | None) -> Curve:
         solo = _partition(self._decode, at.decode_sms, "decode")
@@ -300,10 +331,14 @@ class TableCost:
             layer_s, outside = solo.at_batch.at(batch)
             return Curve(solo.kv_tokens, layer_s * self.layers, solo.kv.low, solo.kv.high, outside)
         shared = self._sharing(at)
-        layer_s, outside = shared.solo.at(batch)
+        layer_s, outside = self._alone(batch, at)
         slowdown, also = shared.decode.at(beside.tokens, beside.mean_context, batch)
         seconds = layer_s * slowdown * self.layers
         return Curve(shared.kv_tokens, seconds, shared.low, shared.high, outside or also)
+
+    def _decode_alone(self, batch: int, at: Allocation) -> tuple[FloatArray, bool]:
+        """Seconds of a layer alone, at the knots at which it is known beside prefill; whether that is outside."""
+        return self._sharing(at).solo.at(batch)
 
     def _sharing(self, at: Allocation) -> Contention:
         found = self._contention.get(at)
@@ -362,7 +397,9 @@ def _decode_curves(points: Iterable[DecodePoint], where: str) -> DecodeCurves:
     best = _fastest(points, lambda p: (p.batch, p.kv_tokens), lambda p: p.median_ms)
     batches, kv = _axis_values(best, ("batch", "kv_tokens"), where)
     rows = [np.array([best[b, k].median_ms / 1e3 for k in kv]) for b in batches]
-    return DecodeCurves(Axis("kv_tokens", kv), np.array(kv, dtype=np.float64), Grid([Axis("batch", batches)], rows))
+    return DecodeCurves(
+        Axis("kv_tokens", kv), np.array(kv, dtype=np.float64), VectorGrid([Axis("batch", batches)], rows)
+    )
 
 
 def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: DecodeCurves, where: str) -> Contention:
@@ -390,8 +427,10 @@ def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: Dec
         decode_slowdown.append(np.interp(np.log2(knots), np.log2(kv), slowdown))
     return Contention(
         prefill=Grid(axes, prefill_slowdown),
-        decode=Grid(axes[:3], decode_slowdown),
-        solo=Grid(decode.at_batch.axes, [np.interp(knots, decode.kv_tokens, row) for row in decode.at_batch.values]),
+        decode=VectorGrid(axes[:3], decode_slowdown),
+        solo=VectorGrid(
+            decode.at_batch.axes, [np.interp(knots, decode.kv_tokens, row) for row in decode.at_batch.values]
+        ),
         kv_tokens=knots,
         low=max(decode.kv.low, axes[3].low),
         high=min(decode.kv.high, axes[3].high),

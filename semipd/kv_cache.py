@@ -6,6 +6,9 @@ PagedAttention (arXiv 2309.06180, section 4).
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 
 class BlockManager:
     """Counts the blocks of one device; ``free + used == num_blocks`` always (law 3).
@@ -72,7 +75,10 @@ class BlockManager:
             return counts[-self._step % size]
         start, count = (self._step, steps) if steps >= 0 else (self._step + steps, -steps)
         cycles, rest = divmod(count, size)
-        crossings = cycles * len(self._offsets) + sum(counts[-(start + i) % size] for i in range(rest))
+        last = -start % size + 1
+        first = last - rest  # the steps from start on go from last down to first, around the end
+        rest_crossings = sum(counts[first:last]) if first >= 0 else sum(counts[:last]) + sum(counts[first:])
+        crossings = cycles * len(self._offsets) + rest_crossings
         return crossings if steps >= 0 else -crossings
 
     def advance(self, steps: int = 1) -> None:
@@ -86,11 +92,10 @@ class BlockManager:
         if not self._offsets:
             raise ValueError("the decode batch is empty")
         cycles, left = divmod(self.free, len(self._offsets))
-        steps = cycles * self.block_size
-        while (crossing := self._by_offset[-(self._step + steps) % self.block_size]) <= left:
-            left -= crossing
-            steps += 1
-        return steps
+        last = -self._step % self.block_size + 1
+        crossings = self._by_offset[last:] + self._by_offset[:last]  # a whole cycle of steps, from its end
+        crossings.reverse()
+        return cycles * self.block_size + bisect_right(list(accumulate(crossings)), left)
 
     def check_integrity(self) -> None:
         """Recount. Raises RuntimeError when free and held blocks are not all the blocks there are."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from semipd.core import FloatArray, IntArray, Phase, Request, Slo, StepRecord
+from semipd.core import Allocation, FloatArray, IntArray, Phase, Request, Slo, StepRecord
 from semipd.trace import Trace
 
 Saturation = Literal["stable", "backlogged", "overloaded"]
@@ -21,6 +21,18 @@ SATURATED_SHARE = 0.05
 
 FEW_REQUESTS = 10
 """So many waiting are no queue, however short the trace."""
+
+CHUNK_STEPS = 2**20
+"""Decode steps whose gaps are looked at together: a long replay needs little memory beside the gaps themselves."""
+
+EXACT_STEPS = 2**24
+"""The gaps of so many decode steps are kept to the last bit; those of later ones to 24 bits, in half the memory."""
+
+BINS = 2**16
+PERCENTILES = (50, 90, 95, 99)
+
+Counted: TypeAlias = tuple[FloatArray, IntArray]
+"""Values, and how often each occurs."""
 
 _ids = attrgetter("id")
 
@@ -33,13 +45,17 @@ class Log:
     tokens at which a sequence joins the batch have a gap of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_steps: int = CHUNK_STEPS, exact_steps: int = EXACT_STEPS) -> None:
         self.tokens = 0
         self.lookups = 0
         self.extrapolated = 0
-        self._allocations: dict[str, int] = {}  # name: its number
+        self._names: dict[str, int] = {}  # of allocations, with their numbers
+        self._allocations: dict[Allocation, int] = {}  # number of the name
         self._run_allocation, self._run_start_s, self._run_end_s = array("l"), array("d"), array("d")
-        self._step_end_s = array("d")  # of all decode runs
+        self._chunk_steps, self._exact_steps = chunk_steps, exact_steps
+        self._chunks: list[tuple[int, FloatArray]] = []  # how many decode runs, and the gaps of their steps
+        self._chunk_start_s = 0.0  # end of the last decode step in _chunks
+        self._step_end_s = array("d")  # of the decode runs that follow
         self._decode_steps, self._decode_batch, self._decode_stayed = array("q"), array("q"), array("q")
         self._own_gap_s = array("d")
         self._first_id, self._first_s = array("q"), array("d")
@@ -52,43 +68,62 @@ class Log:
 
     def append(self, record: StepRecord) -> None:
         """Take note of a run that ended."""
-        run, end_s = record.run, record.end_s
-        name = run.allocation.name
-        self._run_allocation.append(self._allocations.setdefault(name, len(self._allocations)))
+        run, steps, end_s = record.run, record.steps, record.end_s
+        number = self._allocations.get(run.allocation)
+        if number is None:
+            number = self._names.setdefault(run.allocation.name, len(self._names))
+            self._allocations[run.allocation] = number
+        self._run_allocation.append(number)
         self._run_start_s.append(record.start_s)
         self._run_end_s.append(end_s)
         self.lookups += record.lookups
         self.extrapolated += record.extrapolated
-        if record.steps == 0:
+        if steps == 0:
             return
         if run.phase is Phase.DECODE:
-            self._append_decode(record)
-        elif record.steps == run.max_steps:
+            self._append_decode(record, steps, end_s)
+        elif steps == run.max_steps:
             self._append_prefill(record)
         for request_id in record.finished:
             self._finish_id.append(request_id)
             self._finish_s.append(end_s)
 
-    def _append_decode(self, record: StepRecord) -> None:
+    def _append_decode(self, record: StepRecord, steps: int, end_s: float) -> None:
         """Every step gives every sequence a token."""
         requests = record.run.requests
         joined = 0
         if requests != self._requests:
             batch = set(map(_ids, requests))
-            for request_id in self._batch - batch:
-                self._token_s[request_id] = self._batch_s
-            new = batch - self._batch
-            joined = len(new)
-            for request_id in new:
-                self._token(request_id, float(record.ends_s[0]))
+            if left := self._batch - batch:
+                self._token_s.update(dict.fromkeys(left, self._batch_s))
+            if new := batch - self._batch:
+                joined = len(new)
+                first_s = record.ends_s.item(0)
+                for request_id in new:
+                    self._token(request_id, first_s)
             self._requests, self._batch = requests, batch
         self._step_end_s.frombytes(record.ends_s.tobytes())
-        self._decode_steps.append(record.steps)
+        self._decode_steps.append(steps)
         self._decode_batch.append(len(requests))
         self._decode_stayed.append(len(requests) - joined)
-        self._batch_s = record.end_s
-        self.tokens += record.steps * len(requests)
-        self._batch.difference_update(record.finished)
+        self._batch_s = end_s
+        self.tokens += steps * len(requests)
+        if record.finished:
+            self._batch.difference_update(record.finished)
+        if len(self._step_end_s) >= self._chunk_steps:
+            self._close_chunk()
+
+    def _close_chunk(self) -> None:
+        """Keep the gaps of the last decode runs' steps instead of their ends."""
+        exact = sum(len(gaps) for _, gaps in self._chunks) < self._exact_steps
+        gaps = self._last_gaps()
+        runs = len(self._decode_steps) - sum(runs for runs, _ in self._chunks)
+        self._chunks.append((runs, gaps if exact else gaps.astype(np.float32)))
+        self._chunk_start_s = self._step_end_s[-1]
+        self._step_end_s = array("d")
+
+    def _last_gaps(self) -> FloatArray:
+        return np.diff(_floats(self._step_end_s), prepend=self._chunk_start_s)
 
     def _append_prefill(self, record: StepRecord) -> None:
         """The last layer gives a token to each request whose prompt it completes."""
@@ -122,15 +157,25 @@ class Log:
         """Ids of the requests that are complete, and when their last token came."""
         return _ints(self._finish_id), _floats(self._finish_s)
 
-    def gaps(self) -> tuple[FloatArray, IntArray]:
-        """Gaps between successive tokens of a request, in seconds, and how many of each there are."""
+    def gaps(self) -> Iterator[Counted]:
+        """Gaps between successive tokens of a request, in seconds, and how many of each there are; in parts."""
+        first = 0
+        for runs, seconds in self._chunks:
+            yield _present(seconds.astype(np.float64), self._gap_counts(first, runs))
+            first += runs
         own = _floats(self._own_gap_s)
-        steps, first = _ints(self._decode_steps), _ints(self._decode_stayed)
-        counts = np.repeat(_ints(self._decode_batch), steps)
-        counts[np.cumsum(steps) - steps] = first
-        seconds = np.concatenate([np.diff(_floats(self._step_end_s), prepend=0.0), own])
-        counts = np.concatenate([counts, np.ones(len(own), dtype=np.int64)])
-        return seconds[counts > 0], counts[counts > 0]
+        counts = self._gap_counts(first, len(self._decode_steps) - first)
+        yield _present(
+            np.concatenate([self._last_gaps(), own]), np.concatenate([counts, np.ones(len(own), dtype=np.int64)])
+        )
+
+    def _gap_counts(self, first: int, runs: int) -> IntArray:
+        """How many sequences had the gap before each step of these decode runs."""
+        of = slice(first, first + runs)
+        steps = _ints(self._decode_steps[of])
+        counts = np.repeat(_ints(self._decode_batch[of]), steps)
+        counts[np.cumsum(steps) - steps] = _ints(self._decode_stayed[of])
+        return counts
 
     def time_in_split(self, start_s: float) -> dict[str, float]:
         """Share of the time from ``start_s`` to the last run's end in each allocation, the rest being ``idle``."""
@@ -140,8 +185,8 @@ class Log:
             return {"idle": 1.0}
         covered_s = np.maximum.accumulate(np.concatenate([[start_s], ends[:-1]]))  # by the runs before
         own_s = np.maximum(ends - np.maximum(starts, covered_s), 0.0)
-        busy = np.bincount(_ints(self._run_allocation)[order], own_s, len(self._allocations)) / span_s
-        shares = dict(zip(self._allocations, busy.tolist(), strict=True))
+        busy = np.bincount(_ints(self._run_allocation)[order], own_s, len(self._names)) / span_s
+        shares = dict(zip(self._names, busy.tolist(), strict=True))
         return {**{name: shares[name] for name in sorted(shares)}, "idle": max(0.0, 1 - math.fsum(shares.values()))}
 
 
@@ -159,26 +204,68 @@ class Distribution:
     @staticmethod
     def of(values: FloatArray, counts: IntArray | None = None) -> Distribution | None:
         """Of values that occur ``counts`` times each (at least once; None: once). None without any."""
+        if counts is not None:
+            return Distribution.of_parts(lambda: [(values, counts)])
         if not len(values):
             return None
-        order = np.argsort(values)
-        ordered = values[order]
-        reached = np.arange(1, len(values) + 1) if counts is None else np.cumsum(counts[order])
-        n = int(reached[-1])
+        ordered = np.sort(values)
+        return _distribution(float(values.mean()), ordered, np.arange(1, len(values) + 1), len(values))
+
+    @staticmethod
+    def of_parts(parts: Callable[[], Iterable[Counted]]) -> Distribution | None:
+        """Likewise, of values in parts, which are gone through three times and only sorted around the percentiles.
+
+        Raises ValueError for a value below 0.
+        """
         # not values @ counts: BLAS rounds by its number of threads, and equal replays must give equal bytes
-        mean = values.mean() if counts is None else (values * counts).sum() / n
+        looks = [(v.min(), v.max(), (v * n).sum(), n.sum()) for v, n in parts() if len(v)]
+        if not looks:
+            return None
+        lows, highs, sums, numbers = zip(*looks, strict=True)
+        low, high, n = float(min(lows)), float(max(highs)), int(sum(numbers))
+        if low < 0:
+            raise ValueError(f"found {low}; expected no value below 0")
+        bins = _binning(low, high)
+        held = np.zeros(BINS, dtype=np.int64)
+        for values, counts in parts():
+            held += np.bincount(bins(values), counts, BINS).astype(np.int64)
+        wanted = np.zeros(BINS, dtype=np.bool_)
+        ranks = [rank for q in PERCENTILES for rank in _ranks(q, n)[:2]]
+        wanted[np.searchsorted(np.cumsum(held), [*ranks, n - 1], side="right")] = True
+        few = [(v[chosen], c[chosen]) for v, c in parts() for chosen in [wanted[bins(v)]]]
+        values, counts = (np.concatenate(column) for column in zip(*few, strict=True))
+        order = np.argsort(values)
+        left_out = np.cumsum(np.where(wanted, 0, held))  # up to each bin
+        reached = np.cumsum(counts[order]) + left_out[bins(values[order])]
+        return _distribution(math.fsum(sums) / n, values[order], reached, n)
 
-        def percentile(q: float) -> float:
-            place = q / 100 * (n - 1)
-            below = math.floor(place)
-            i, j = np.searchsorted(reached, (below, min(below + 1, n - 1)), side="right")
-            low, high, t = float(ordered[i]), float(ordered[j]), place - below
-            # numpy's two ways to interpolate, to agree with it to the last bit
-            return low + (high - low) * t if t < 0.5 else high - (high - low) * (1 - t)
 
-        return Distribution(
-            float(mean), percentile(50), percentile(90), percentile(95), percentile(99), float(ordered[-1])
-        )
+def _distribution(mean: float, ordered: FloatArray, reached: IntArray, n: int) -> Distribution:
+    """Of n values: the greatest and those around the percentiles, ascending, and how many are up to each of these."""
+
+    def percentile(q: float) -> float:
+        below, above, t = _ranks(q, n)
+        i, j = np.searchsorted(reached, (below, above), side="right")
+        low, high = float(ordered[i]), float(ordered[j])
+        # numpy's two ways to interpolate, to agree with it to the last bit
+        return low + (high - low) * t if t < 0.5 else high - (high - low) * (1 - t)
+
+    p50, p90, p95, p99 = map(percentile, PERCENTILES)
+    return Distribution(mean, p50, p90, p95, p99, float(ordered[-1]))
+
+
+def _ranks(q: float, n: int) -> tuple[int, int, float]:
+    """Between which two of n ascending values a percentile is, counted from 0, and how far."""
+    place = q / 100 * (n - 1)
+    below = math.floor(place)
+    return below, min(below + 1, n - 1), place - below
+
+
+def _binning(low: float, high: float) -> Callable[[FloatArray], IntArray]:
+    """Puts values from low (at least 0) to high into bins in their order, which is that of their bits."""
+    first, last = np.array([low, high]).view(np.int64).tolist()
+    shift = max(0, (last - first).bit_length() - (BINS - 1).bit_length())
+    return lambda values: (values.view(np.int64) - first) >> shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,7 +410,7 @@ def summarise(
         duration_s=duration_s,
         ttft_s=Distribution.of(table.ttft_s[~np.isnan(table.ttft_s)]),
         tpot_s=Distribution.of(table.tpot_s[complete]),
-        itl_s=Distribution.of(*log.gaps()),
+        itl_s=Distribution.of_parts(log.gaps),
         e2e_s=Distribution.of(table.e2e_s[complete]),
         request_throughput_rps=rate(completed),
         output_throughput_tps=rate(log.tokens),
@@ -383,6 +470,12 @@ def _placed(ids: IntArray, of: IntArray, values: FloatArray) -> FloatArray:
         raise ValueError("the log has requests that are not among those given")
     column[order[found]] = values
     return column
+
+
+def _present(values: FloatArray, counts: IntArray) -> Counted:
+    """Without the values that do not occur."""
+    occur = counts > 0
+    return values[occur], counts[occur]
 
 
 def _floats(column: array[float]) -> FloatArray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 from semipd.core import Allocation, DecodeShape, Load, Mode, Phase, PrefillShape, Request, Run, StepRecord
@@ -53,6 +53,9 @@ class Plan:
     launches: tuple[Run, ...] = ()
 
 
+NOTHING = Plan()
+
+
 class Sequence:
     """A request on its way: waiting, being prefilled, then decoding."""
 
@@ -66,7 +69,7 @@ class Sequence:
         self.base = 0  # while decoding: cached tokens less the scheduler's count of decode steps
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PrefillBatch:
     """Sequences whose next tokens go through the layers together; ``layers`` are left."""
 
@@ -125,7 +128,8 @@ class Scheduler:
         self._base_sum = 0  # of _decoding
         self._joining: list[Sequence] = []  # decode from the next boundary on
 
-        self._in_flight: dict[Phase, Run] = {}
+        self._prefill_run: Run | None = None  # in flight
+        self._decode_run: Run | None = None
         self._yielding: set[int] = set()
         self._steps = 0  # decode steps of all runs that have ended
         self._done = 0  # steps of the decode run in flight
@@ -136,6 +140,7 @@ class Scheduler:
         self._decode_changed = False  # since the policy was asked
         self._start_asked = False  # whether it was asked for the next batch
         self._busy = (False, False)  # prefill, decode, when it was asked
+        self._drains = False  # all in flight was asked to yield for a new allocation, and nothing came since
         self._next_order = 0
         self._next_run = 0
 
@@ -147,7 +152,7 @@ class Scheduler:
     @property
     def draining(self) -> bool:
         """Whether runs in flight are being ended for a new allocation."""
-        return bool(self._in_flight) and self._target != self._current
+        return (self._prefill_run or self._decode_run) is not None and self._target != self._current
 
     def has_unfinished(self) -> bool:
         """Whether a request was added that is neither finished nor dropped."""
@@ -158,6 +163,7 @@ class Scheduler:
 
         Raises ValueError when a request of that id is unfinished.
         """
+        self._drains = False
         if request.id in self._live:
             raise ValueError(f"request {request.id} is unfinished; expected each id once")
         sequence = Sequence(request, self._next_order)
@@ -176,40 +182,51 @@ class Scheduler:
             now_s: The executor's time.
             steps_done: Steps that a run in flight has completed by now, by the run's id.
         """
-        decode = self._in_flight.get(Phase.DECODE)
+        if self._drains:
+            return NOTHING
+        decode = self._decode_run
         if decode is None:
             self._make_room()
         elif self._joining and decode.id not in self._yielding:
             return self._yield(decode)
         else:
             self._follow(decode, steps_done(decode.id))
-        batch = self._batch or self._next_batch()
+        batch = self._batch
+        if batch is None and (self._waiting or self._partial is not None):
+            batch = self._next_batch()
         if batch is None and not self._decoding:
-            return Plan()
+            return NOTHING
         target = self._decide(now_s, batch)
         if target is not self._current and target != self._current:
-            if self._in_flight:
-                return self._yield(*self._in_flight.values())
+            in_flight = [run for run in (self._prefill_run, decode) if run is not None]
+            if in_flight:
+                self._drains = True
+                return self._yield(*in_flight)
             self.switches += self._current is not None
             self._current = target
         return self._launch(target, batch)
 
     def complete(self, record: StepRecord) -> None:
         """Take note of a run that ended. Raises ValueError for one that was not in flight."""
+        self._drains = False
         run = record.run
-        launched = self._in_flight.get(run.phase)
+        decodes = run.phase is Phase.DECODE
+        launched = self._decode_run if decodes else self._prefill_run
         if launched is None or launched.id != run.id:
             raise ValueError(f"{run.phase.value} run {run.id} is not in flight")
-        del self._in_flight[run.phase]
         self._yielding.discard(run.id)
-        if run.phase is Phase.DECODE:
+        if decodes:
+            self._decode_run = None
             self._complete_decode(record)
-        elif self._batch is not None:
-            self._complete_prefill(self._batch, record)
+        else:
+            self._prefill_run = None
+            if self._batch is not None:
+                self._complete_prefill(self._batch, record)
 
     def _complete_decode(self, record: StepRecord) -> None:
-        self._steps += record.steps
-        self.blocks.advance(record.steps - self._ahead)
+        steps = record.steps
+        self._steps += steps
+        self.blocks.advance(steps - self._ahead)
         self._ahead = self._done = 0
         if record.finished:
             gone = {id(self._live[request_id]) for request_id in record.finished}
@@ -219,10 +236,10 @@ class Scheduler:
             self._decode_changed = True
 
     def _complete_prefill(self, batch: PrefillBatch, record: StepRecord) -> None:
-        layers = batch.layers - record.steps
-        self._batch = replace(batch, layers=layers) if layers else None
-        if layers:
+        batch.layers -= record.steps
+        if batch.layers:
             return
+        self._batch = None
         finished = set(record.finished)
         for sequence, new_tokens, emits in zip(batch.sequences, batch.new_tokens, batch.emits, strict=True):
             sequence.prefilled += new_tokens
@@ -281,13 +298,12 @@ class Scheduler:
         """Count the blocks of the step that the decode run in flight is in."""
         self._done = steps_done
         ahead = min(steps_done + 1, decode.max_steps)
-        self.blocks.advance(ahead - self._ahead)
-        self._ahead = ahead
+        if ahead != self._ahead:
+            self.blocks.advance(ahead - self._ahead)
+            self._ahead = ahead
 
     def _next_batch(self) -> PrefillBatch | None:
-        """The prefill batch that could start now; nothing is taken yet."""
-        if self._partial is None and not self._waiting:
-            return None
+        """The prefill batch that could start now, of those that wait; nothing is taken yet."""
         decoding = len(self._decoding) + len(self._joining)
         free = self.blocks.free - (self._watermark_blocks if decoding else 0)
         places = self.config.max_num_seqs - decoding
@@ -296,11 +312,11 @@ class Scheduler:
         new_tokens: list[int] = []
         contexts: list[int] = []
         emits: list[bool] = []
-        blocks, pairs = 0, 0.0
-        for sequence in chain((self._partial,) if self._partial else (), self._waiting):
+        blocks, pairs, blocks_of = 0, 0.0, self.blocks.blocks
+        for sequence in self._waiting if self._partial is None else chain((self._partial,), self._waiting):
             done = sequence.prefilled
             tokens = min(sequence.length - done, budget)
-            blocks_after = blocks + self.blocks.blocks(done + tokens) - self.blocks.blocks(done)
+            blocks_after = blocks + blocks_of(done + tokens) - blocks_of(done)
             if tokens == 0 or len(sequences) == places or blocks_after > free:
                 break
             sequences.append(sequence)
@@ -373,22 +389,22 @@ class Scheduler:
 
     def _launch(self, at: Allocation, batch: PrefillBatch | None) -> Plan:
         """Start what the allocation allows and is not in flight, decode first."""
-        decode = self._in_flight.get(Phase.DECODE)
+        decode = self._decode_run
         if at.mode is Mode.EXCLUSIVE and batch is not None and decode is not None:
             return self._yield(decode)
-        starts_prefill = batch is not None and Phase.PREFILL not in self._in_flight
+        starts_prefill = batch is not None and self._prefill_run is None
         if batch is not None and starts_prefill and batch is not self._batch:
             if decode is not None and decode.id not in self._yielding and not self._fits(decode, batch):
                 return self._yield(decode)  # goes on from its next boundary with the steps that fit beside the batch
             self._admit(batch)
         launches: list[Run] = []
         if self._decoding and decode is None and (at.mode is Mode.SPLIT or batch is None):
-            launches.append(self._decode_run(at))
+            self._decode_run = self._new_decode_run(at)
+            launches.append(self._decode_run)
         if batch is not None and starts_prefill:
-            launches.append(self._prefill_run(at, batch))
-        for run in launches:
-            self._in_flight[run.phase] = run
-        return Plan(launches=tuple(launches))
+            self._prefill_run = self._new_prefill_run(at, batch)
+            launches.append(self._prefill_run)
+        return Plan((), tuple(launches)) if launches else NOTHING
 
     def _fits(self, decode: Run, batch: PrefillBatch) -> bool:
         """Whether the decode run in flight can still reach its last step once the batch has its blocks."""
@@ -405,7 +421,7 @@ class Scheduler:
         self._batch = batch
         self._start_asked = False
 
-    def _decode_run(self, at: Allocation) -> Run:
+    def _new_decode_run(self, at: Allocation) -> Run:
         max_steps = 1 + self.blocks.steps_that_fit()
         if self.config.decode_steps is not None:
             max_steps = min(max_steps, self.config.decode_steps)
@@ -413,7 +429,7 @@ class Scheduler:
         ones = (1,) * len(requests)
         return Run(self._run_id(), Phase.DECODE, requests, ones, self._context_lens(), at.decode_sms, max_steps, at)
 
-    def _prefill_run(self, at: Allocation, batch: PrefillBatch) -> Run:
+    def _new_prefill_run(self, at: Allocation, batch: PrefillBatch) -> Run:
         requests = tuple([sequence.request for sequence in batch.sequences])
         return Run(
             self._run_id(), Phase.PREFILL, requests, batch.new_tokens, batch.context_lens, at.prefill_sms,
@@ -426,6 +442,8 @@ class Scheduler:
 
     def _yield(self, *runs: Run) -> Plan:
         """Ask the runs that have not been asked."""
-        asked = tuple(run.id for run in runs if run.id not in self._yielding)
+        asked = [run.id for run in runs if run.id not in self._yielding]
+        if not asked:
+            return NOTHING
         self._yielding.update(asked)
-        return Plan(yields=asked)
+        return Plan(tuple(asked))

@@ -54,12 +54,12 @@ class SimExecutor:
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
         self._env = simpy.Environment()
-        # simpy adds delays to its clock, which rounds. It orders the events; each carries its exact time.
+        # simpy adds delays to its clock, which rounds. It orders the events; this is the exact time.
         self._now_s = 0.0
-        self._alarm_s = 0.0
         self._prefill: PrefillFlight | None = None
         self._decode: DecodeFlight | None = None
-        self._last: dict[Phase, StepRecord] = {}
+        self._last_prefill: StepRecord | None = None
+        self._last_decode: StepRecord | None = None
         self._seen_prefill: PrefillShape | None = None
         self._seen_decode: DecodeShape | None = None
         self._priced_to_s = math.inf  # the first of what is in flight: the clock must not pass this
@@ -76,16 +76,11 @@ class SimExecutor:
         Raises ValueError when a run of the same phase is in flight, one of another allocation, or in ``EXCLUSIVE``
         any other; and for a run without requests or steps or with a sequence that has all its output.
         """
-        for other in self._flights():
-            if other.run.phase is run.phase:
-                raise ValueError(f"{run.phase.value} run {run.id}: run {other.run.id} of this phase is in flight")
-            if other.run.allocation != run.allocation:
-                raise ValueError(
-                    f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.run.id} is in flight at "
-                    f"{other.run.allocation.name}; expected the same allocation"
-                )
-            if run.allocation.mode is Mode.EXCLUSIVE:
-                raise ValueError(f"{run.phase.value} run {run.id}: run {other.run.id} has the whole device")
+        prefill, decode = self._prefill, self._decode
+        if prefill is not None:
+            self._refuse_beside(prefill.run, run)
+        if decode is not None:
+            self._refuse_beside(decode.run, run)
         if not run.requests or run.max_steps < 1:
             raise ValueError(
                 f"{run.phase.value} run {run.id}: {len(run.requests)} requests, {run.max_steps} steps; "
@@ -93,12 +88,26 @@ class SimExecutor:
             )
         flight: PrefillFlight | DecodeFlight
         if run.phase is Phase.PREFILL:
-            flight = self._prefill = PrefillFlight(run, self._now_s)
+            flight, last = PrefillFlight(run, self._now_s), self._last_prefill
+            self._prefill = flight
         else:
-            flight = self._decode = DecodeFlight(run, self._now_s)
-        last = self._last.get(run.phase)
+            flight, last = DecodeFlight(run, self._now_s), self._last_decode
+            self._decode = flight
         self._look = self._look or last is None or not flight.continues(last)
         self._changed = True
+
+    @staticmethod
+    def _refuse_beside(other: Run, run: Run) -> None:
+        """Raises ValueError unless this run may start while that one is in flight."""
+        if other.phase is run.phase:
+            raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} of this phase is in flight")
+        if other.allocation is not run.allocation and other.allocation != run.allocation:
+            raise ValueError(
+                f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.id} is in flight at "
+                f"{other.allocation.name}; expected the same allocation"
+            )
+        if run.allocation.mode is Mode.EXCLUSIVE:
+            raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} has the whole device")
 
     def yield_(self, run_id: int) -> None:
         """Ask the run to end at its first boundary from now on; no effect on a run that has ended."""
@@ -124,20 +133,19 @@ class SimExecutor:
         Raises KeyError when the cost model has no price for a run, and RuntimeError when nothing is in flight and
         ``until_s`` is None.
         """
-        if until_s is None and not self._flights():
-            raise RuntimeError("nothing is in flight and no time is given: this would wait for ever")
-        if until_s is not None and self._now_s < until_s != self._alarm_s:
-            self._alarm_s = until_s
-            self._wake(until_s)
+        if until_s is None:
+            if self._prefill is None and self._decode is None:
+                raise RuntimeError("nothing is in flight and no time is given: this would wait for ever")
+            until_s = math.inf
         while True:
             if self._priced_to_s <= self._now_s and (ended := self._collect()):
                 return ended
-            if until_s is not None and until_s <= self._now_s:
+            if until_s <= self._now_s:
                 return []
             if self._changed or self._priced_to_s <= self._now_s:
                 self._settle()
             else:
-                self._env.step()
+                self._go_on_to(min(self._priced_to_s, until_s))
 
     def _flights(self) -> list[PrefillFlight | DecodeFlight]:
         return [flight for flight in (self._prefill, self._decode) if flight is not None]
@@ -145,14 +153,22 @@ class SimExecutor:
     def _collect(self) -> list[StepRecord]:
         """The records of the runs that have ended, which are no longer in flight then."""
         prefill, decode, ended = self._prefill, self._decode, []
-        if prefill is not None and prefill.end_s <= self._now_s:
-            self._prefill = None
-            ended.append(prefill.record(self._cost))
-        if decode is not None and decode.end_s <= self._now_s:
-            self._decode = None
-            ended.append(decode.record(self._cost))
-        for record in ended:
-            self._last[record.run.phase] = record
+        self._priced_to_s = math.inf
+        if prefill is not None:
+            if prefill.end_s <= self._now_s:
+                self._prefill = None
+                self._last_prefill = prefill.record(self._cost)
+                ended.append(self._last_prefill)
+            else:
+                self._priced_to_s = prefill.priced_to_s
+        if decode is not None:
+            if decode.end_s <= self._now_s:
+                self._decode = None
+                self._last_decode = decode.record(self._cost)
+                ended.append(self._last_decode)
+            elif decode.priced_to_s < self._priced_to_s:
+                self._priced_to_s = decode.priced_to_s
+        if ended:
             self._changed = True
         return ended
 
@@ -160,30 +176,23 @@ class SimExecutor:
         """Price what is in flight, now that all that happens at this moment is known."""
         now_s, cost, prefill, decode = self._now_s, self._cost, self._prefill, self._decode
         if self._look:
-            self._seen_prefill = prefill.shape if prefill else None
-            self._seen_decode = decode.shape(decode.steps_done(now_s)) if decode else None
+            self._seen_prefill = prefill.shape if prefill is not None else None
+            self._seen_decode = decode.shape(decode.steps_done(now_s)) if decode is not None else None
         self._priced_to_s = math.inf
-        if prefill:
-            prefill.go_on(now_s, cost, self._seen_decode if decode else None)
-            self._wake_for(prefill)
-        if decode:
-            decode.go_on(now_s, cost, self._seen_prefill if prefill else None)
-            self._wake_for(decode)
+        if prefill is not None:
+            prefill.go_on(now_s, cost, self._seen_decode if decode is not None else None)
+            self._priced_to_s = prefill.priced_to_s
+        if decode is not None:
+            decode.go_on(now_s, cost, self._seen_prefill if prefill is not None else None)
+            self._priced_to_s = min(self._priced_to_s, decode.priced_to_s)
         self._look = self._changed = False
 
-    def _wake_for(self, flight: PrefillFlight | DecodeFlight) -> None:
-        self._priced_to_s = min(self._priced_to_s, flight.priced_to_s)
-        if flight.wakes_s != flight.priced_to_s:
-            flight.wakes_s = flight.priced_to_s
-            self._wake(flight.wakes_s)
-
-    def _wake(self, at_s: float) -> None:
-        """Have the clock stop at this time. There is no need to cancel this: a stop too many changes nothing."""
-        event = self._env.timeout(max(at_s - self._env.now, 0.0), at_s)
-        event.callbacks.append(self._tick)
-
-    def _tick(self, event: simpy.Event) -> None:
-        self._now_s = max(self._now_s, event.value)
+    def _go_on_to(self, at_s: float) -> None:
+        """Move the clock. Nothing happens until then: what ends, and when, is known of all that is in flight."""
+        env = self._env
+        env.timeout(max(at_s - env.now, 0.0))
+        env.step()
+        self._now_s = at_s
 
 
 class Flight(ABC, Generic[Other]):
@@ -197,7 +206,6 @@ class Flight(ABC, Generic[Other]):
         self.run = run
         self.end_s = math.inf
         self.priced_to_s = -math.inf
-        self.wakes_s = -math.inf  # when the clock is to stop for it
         self._start_s = now_s
         self._steps = steps  # at which the run ends
         self._past: list[FloatArray] = []  # boundaries in earlier stretches
@@ -230,22 +238,20 @@ class Flight(ABC, Generic[Other]):
 
     def go_on(self, now_s: float, cost: CostModel, beside: Other | None) -> None:
         """Have what is left priced beside this from now on."""
-        if now_s < self.priced_to_s and beside == self._beside:
+        if now_s < self.priced_to_s and (beside is self._beside or beside == self._beside):
             return
-        if len(self._seconds):
+        if self._seconds is not NONE:
             now_s = min(now_s, self.priced_to_s)
             self._close(now_s, cost)
         self._beside = beside
         steps = min(self._steps - self._done, STRETCH_STEPS)
-        self._seconds, self._outside = self.price(cost, self._done, steps, beside)
-        times = np.empty(steps + 1)
-        times[0] = now_s
-        times[1:] = self._seconds
-        if self._rest != 1.0:
-            times[1] *= self._rest
+        seconds, self._outside = self.price(cost, self._done, steps, beside)
+        times = seconds.astype(np.float64)  # a copy
+        times[0] = now_s + self._rest * seconds.item(0)
         # Added up one by one, as runs of single steps would be: equal to the last bit.
-        self._ends = times.cumsum()[1:]
-        self.priced_to_s = float(self._ends[-1])
+        self._ends = np.add.accumulate(times)
+        self._seconds = seconds
+        self.priced_to_s = self._ends.item(-1)
         self.end_s = self.priced_to_s if self._done + steps == self._steps else math.inf
 
     def stop(self, now_s: float) -> None:
@@ -257,13 +263,16 @@ class Flight(ABC, Generic[Other]):
         if steps >= self._steps:
             return
         self._steps = steps
-        if len(self._seconds):
+        if self._seconds is not NONE:
             self._ends = self._ends[: steps - self._done]
-            self.end_s = self.priced_to_s = float(self._ends[-1]) if len(self._ends) else self._last_s
+            self.end_s = self.priced_to_s = self._ends.item(-1) if len(self._ends) else self._last_s
 
     def record(self, cost: CostModel) -> StepRecord:
         """What the run did; it has ended."""
-        self._count(cost, len(self._ends))
+        if self._outside:
+            self._count(cost, len(self._ends))
+        else:
+            self._lookups += len(self._ends)
         ends_s = np.concatenate([*self._past, self._ends]) if self._past else self._ends
         finished = self.finished(self._steps)
         return StepRecord(self.run, self._start_s, ends_s, finished, self._lookups, self._extrapolated)
@@ -275,9 +284,9 @@ class Flight(ABC, Generic[Other]):
         done = int(self._ends.searchsorted(now_s, side="right"))
         reached = self._ends[:done]
         if done:
-            self._last_s = float(reached[-1])
+            self._last_s = reached.item(-1)
         within = now_s > self._last_s
-        self._rest = float((self._ends[done] - now_s) / self._seconds[done]) if within else 1.0
+        self._rest = (self._ends.item(done) - now_s) / self._seconds.item(done) if within else 1.0
         self._count(cost, done + within)
         self._past.append(reached)
         self._done += done

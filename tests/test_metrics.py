@@ -263,6 +263,28 @@ def test_percentiles_of_counted_values_are_those_of_the_values_repeated(pairs: l
     assert_matches(Distribution.of(values), values)
 
 
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32), n=st.integers(2, 25), chunk_steps=st.integers(1, 20))
+def test_gaps_kept_in_chunks_give_the_same_percentiles(seed: int, n: int, chunk_steps: int) -> None:
+    replay = a_replay(seed, n, complete=True)
+    whole, exact, rounded = Log(), Log(chunk_steps=chunk_steps), Log(chunk_steps=chunk_steps, exact_steps=0)
+    for record in replay.records:
+        for log in (whole, exact, rounded):
+            log.append(record)
+    expected = Distribution.of_parts(whole.gaps)
+    if expected is None:
+        assert Distribution.of_parts(exact.gaps) is None
+        return
+    found, near = Distribution.of_parts(exact.gaps), Distribution.of_parts(rounded.gaps)
+    assert found is not None
+    assert near is not None
+    for name in ("p50", "p90", "p95", "p99", "max"):
+        assert getattr(found, name) == getattr(expected, name)
+        assert getattr(near, name) == pytest.approx(getattr(expected, name), rel=1e-7)
+    assert found.mean == pytest.approx(expected.mean, rel=1e-12)
+    assert near.mean == pytest.approx(expected.mean, rel=1e-7)
+
+
 def test_the_log_keeps_no_record_and_nothing_for_a_token() -> None:
     requests = tuple(Request(i, 0.0, 4, 10**6) for i in range(500))
     log = logged(prefill(*requests, start_s=0.0, ends_s=[1.0]))

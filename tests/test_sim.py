@@ -500,6 +500,14 @@ def test_a_run_of_a_million_steps_is_priced_as_far_as_it_gets() -> None:
     assert record.lookups == record.steps
 
 
+def test_whole_numbers_of_seconds_start_at_any_time() -> None:
+    executor = SimExecutor(ConstantCost(2, 3))
+    assert executor.wait(0.5) == []
+    executor.launch(decode(steps=2))
+    (record,) = executor.wait(None)
+    assert record.ends_s.tolist() == [3.5, 6.5]
+
+
 def test_steps_that_take_no_time_end_at_once() -> None:
     executor = SimExecutor(ConstantCost(0.0, 0.0))
     executor.launch(decode(steps=3 * STRETCH_STEPS))
