@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
-
 from semipd.config import SchedulerOptions, TraceConfig, Workload
 from semipd.core import InputError, Slo, StepRecord
 from semipd.cost import TableCost
@@ -20,7 +18,7 @@ from semipd.policies import all_names, make_policy
 from semipd.profile import Profile, load_profile
 from semipd.scheduler import Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor
-from semipd.trace import Trace, head, read_trace, scale_rate, shipped
+from semipd.trace import Arrivals, Reshape, Trace, read_trace, reshape, shipped
 
 CAPACITY = 0.9
 """A policy copes with a load when at least this share of the requests meets both targets."""
@@ -69,12 +67,13 @@ def prepare(config: Workload) -> Setup:
 
 
 def load_trace(config: TraceConfig) -> Trace:
-    """The trace of that file or shipped name, cut and scaled. Raises InputError as the reader does."""
+    """The trace of that file or shipped name, reshaped. Raises InputError as the reader and the reshaping do."""
     path = Path(config.path)
     if not path.exists() and path.name == config.path:
         path = shipped(config.path)
-    trace = read_trace(path, config.format)
-    return scale_rate(trace if config.limit is None else head(trace, config.limit), config.rate_scale)
+    drawn = Arrivals(**config.arrivals.model_dump())
+    options = config.model_dump(exclude={"path", "format", "limit", "arrivals"})
+    return reshape(read_trace(path, config.format, config.limit, config.seed), Reshape(arrivals=drawn, **options))
 
 
 def scheduler_config(options: SchedulerOptions, profile: Profile) -> SchedulerConfig:
@@ -173,10 +172,11 @@ def run(
 class Comparison:
     """The same trace under several policies. ``reason``: in one sentence, why the recommended one.
 
-    ``rate_rps``: requests a second as replayed.
+    ``operations``: what was done to the trace. ``rate_rps``: requests a second as replayed.
     """
 
     trace: str
+    operations: tuple[str, ...]
     rate_rps: float | None
     profile: Profile
     runs: tuple[Summary, ...]
@@ -188,6 +188,7 @@ class Comparison:
         """The document of ``semipd compare --json``."""
         return {
             "trace": self.trace,
+            "operations": list(self.operations),
             "rate_rps": self.rate_rps,
             "predictor": PREDICTOR,
             "profile": self.profile.name,
@@ -219,6 +220,8 @@ def run_all(setup: Setup, policies: Sequence[str], jobs: int) -> Iterator[Summar
                 raise KeyboardInterrupt
             yield outcome.summary
         return
+    from joblib import Parallel, delayed  # here, since one replay does without
+
     work = (delayed(_summary)(setup, name) for name in policies)
     yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(work)
 
@@ -240,6 +243,7 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
     static = _best(statics) if statics else None
     return Comparison(
         trace=setup.trace.name,
+        operations=setup.trace.operations,
         rate_rps=rate_rps(setup.trace),
         profile=setup.profile,
         runs=ordered,
@@ -287,5 +291,9 @@ def _reached(run: Summary) -> str:
         return "none"
     return (
         f"{100 * run.slo_attainment:.1f} % of requests "
-        f"(p99 TTFT {run.ttft_s.p99:.3g} s, p99 TPOT {1e3 * run.tpot_s.p99:.3g} ms)"
+        f"(p99 TTFT {_three_digits(run.ttft_s.p99)} s, p99 TPOT {_three_digits(1e3 * run.tpot_s.p99)} ms)"
     )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

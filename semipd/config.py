@@ -22,13 +22,47 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+TraceFormatName = Literal[
+    "azure-csv",
+    "mooncake-jsonl",
+    "bailian-jsonl",
+    "burstgpt-csv",
+    "vidur-csv",
+    "splitwise-csv",
+    "servegen-tar",
+]
+
+
+class ArrivalsConfig(Strict):
+    """When requests arrive (``semipd.trace.Arrivals``): as the trace says, or drawn."""
+
+    process: Literal["trace", "poisson", "gamma", "ramp", "constant"] = "trace"
+    rate_rps: PositiveFloat | None = None
+    burstiness: PositiveFloat | None = None
+    end_rate_rps: PositiveFloat | None = None
+
+
 class TraceConfig(Strict):
-    """Which requests: a file or a shipped trace's name, how much of it, and how fast it arrives."""
+    """Which requests: a file or a shipped trace's name, how much of it, and when they arrive.
+
+    What changes a trace is applied in this order (``semipd.trace.Reshape``, docs/traces.md): a window of its time,
+    dequantised time stamps, thinning, replication with jitter, another arrival process, a time warp. ``seed`` is that
+    of whatever is drawn.
+    """
 
     path: str = "azure-conv-synth.csv"
-    format: Literal["azure-csv", "mooncake-jsonl"] | None = None
+    format: TraceFormatName | None = None
     limit: Positive | None = None
+    start_s: NotNegative = 0.0
+    end_s: PositiveFloat | None = None
+    dequantise_s: PositiveFloat | None = None
+    thin: Annotated[float, Field(gt=0, le=1)] = 1.0
+    replicate: Positive = 1
+    jitter_s: NotNegative = 1.0
+    every_s: NotNegative = 0.0
+    arrivals: ArrivalsConfig = ArrivalsConfig()
     rate_scale: PositiveFloat = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class SchedulerOptions(Strict):

@@ -178,7 +178,7 @@ class Load:
     """All that a policy may know when it decides. Output lengths are not in it (law 7).
 
     ``prefill``: the batch in flight or next in line, None without prefill work; ``decode`` likewise.
-    ``current``: the allocation in force, None before the first decision.
+    ``split``: the split in force or, while a phase has the whole device, the last one; None before the first.
     """
 
     now_s: float
@@ -188,7 +188,7 @@ class Load:
     prefill: PrefillShape | None
     decode: DecodeShape | None
     kv_free_share: float
-    current: Allocation | None
+    split: Allocation | None
 
 
 @dataclass(frozen=True, slots=True)

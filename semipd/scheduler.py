@@ -136,6 +136,7 @@ class Scheduler:
         self._ahead = 0  # steps beyond _steps that the decode batch has room for
 
         self._current: Allocation | None = None  # in force
+        self._split: Allocation | None = None  # the last that was, of mode split
         self._target: Allocation | None = None  # the policy's last answer
         self._decode_changed = False  # since the policy was asked
         self._start_asked = False  # whether it was asked for the next batch
@@ -204,6 +205,8 @@ class Scheduler:
                 return self._yield(*in_flight)
             self.switches += self._current is not None
             self._current = target
+            if target.mode is Mode.SPLIT:
+                self._split = target
         return self._launch(target, batch)
 
     def complete(self, record: StepRecord) -> None:
@@ -351,7 +354,7 @@ class Scheduler:
                 prefill=batch.shape if batch else None,
                 decode=self._decode_shape(),
                 kv_free_share=self.blocks.free / self.blocks.num_blocks,
-                current=self._current,
+                split=self._split,
             )
             target = self.policy.decide(load)
             if target is not self._target:

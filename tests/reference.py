@@ -107,6 +107,7 @@ class Reference:
         self.step: Stage | None = None
         self.now_decoding: list[Job] = []  # whom the step in progress, or the last one, is for
         self.current: Allocation | None = None
+        self.last_split: Allocation | None = None
         self.target: Allocation | None = None
         self.asked_for: tuple[object, ...] = ()
         self.asked_for_next_batch = False
@@ -224,6 +225,8 @@ class Reference:
                 return  # drain: nothing starts until both are between two steps
             self.switches += self.current is not None
             self.current = target
+            if target.mode is Mode.SPLIT:
+                self.last_split = target
         alone = target.mode is Mode.EXCLUSIVE
         starts_step = self.step is None and bool(self.decoding) and not (alone and batch)
         starts_layer = self.layer is None and batch is not None and not (alone and self.step is not None)
@@ -304,7 +307,7 @@ class Reference:
                 prefill=batch.shape if batch else None,
                 decode=self.decode_shape(),
                 kv_free_share=self.free() / self.config.num_blocks,
-                current=self.current,
+                split=self.last_split,
             )
             self.target = self.policy.decide(load)
             self.asked_for, self.asked_for_next_batch = busy, starts

@@ -72,7 +72,7 @@ def test_a_file_here_goes_before_a_shipped_one_of_its_name(
 def test_converting_to_azure_says_that_prefixes_are_lost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
     said, note = printed(capsys, "trace", "convert", mooncake(tmp_path), "--format", "azure-csv", "--out", out)
-    assert said == f"{out}: 3 requests in 2.0 s\n"
+    assert said == f"{out}: 3 requests in 2.0 s, 1.5 requests/s\n"
     assert note == "azure-csv has no place for prefix block ids: they are dropped\n"
     assert list(read_trace(out).prompt_len) == [600, 601, 602]
 
@@ -92,6 +92,57 @@ def test_converting_can_warp_time(capsys: pytest.CaptureFixture[str], tmp_path: 
     out, _ = printed(capsys, *words, "--out", tmp_path / "fast.jsonl", "--json")
     assert json.loads(out)["duration_s"] == 0.5
     assert read_trace(tmp_path / "fast.jsonl").duration_s == 0.5
+
+
+def test_converting_to_azure_says_that_sessions_are_lost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"session_id": "a", "timestamp": 0, "input_length": 5, "output_length": 1}\n')
+    words = ("trace", "convert", path, "--format", "azure-csv", "--out", tmp_path / "a.csv")
+    assert printed(capsys, *words)[1] == "azure-csv has no place for sessions: they are dropped\n"
+
+
+def test_converting_bailian_joins_its_blocks_and_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text(
+        '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 17, "output_length": 1, '
+        '"type": "text", "turn": 1, "hash_ids": [8, 9]}\n'
+    )
+    out = tmp_path / "m.jsonl"
+    _, note = printed(capsys, "trace", "convert", path, "--format", "mooncake-jsonl", "--out", out)
+    assert note == "prefix blocks of 16 tokens joined to blocks of 512\n"
+    assert json.loads(out.read_text())["hash_ids"] == [0]
+
+
+def test_everything_done_to_a_trace_is_printed_and_can_be_repeated(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words: tuple[Any, ...] = ("trace", "convert", "azure-conv-synth.csv", "--format", "azure-csv", "--limit", 1000)
+    words += ("--start-s", 10, "--end-s", 100, "--dequantise-s", 0.1, "--thin", 0.5, "--replicate", 3)
+    words += ("--jitter-s", 2, "--arrivals", "ramp", "--rate", 2, "--end-rate", 8, "--rate-scale", 2, "--seed", 5)
+    said, _ = printed(capsys, *words, "--out", tmp_path / "a.csv")
+    assert [line.strip() for line in said.splitlines()[1:]] == [
+        "stamps spread over 0.1 s, seed 5",
+        "thinned to 0.5, seed 5",
+        "replicated x 3, jitter 2 s, seed 5",
+        "ramp arrivals, 2 requests/s to 8, seed 5",
+        "time warp, rate x 2",
+    ]
+    document, _ = printed(capsys, *words, "--out", tmp_path / "b.csv", "--json")
+    found = json.loads(document)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    assert found["rows_read"] + found["added"] == found["requests"] + sum(found["dropped"].values())
+    assert found["dropped"].keys() == {"limit", "window", "thinned"}
+    assert found["rate_rps"] == pytest.approx(10, rel=0.2)  # twice the mean of 2 and 8
+
+
+def test_info_accounts_for_every_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    header = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type"
+    path.write_text(f"{header}\n1.0,a,2,GPT-4,10,5,15,x\n3.0,a,2,GPT-4,10,0,10,x\n9.0,a,2,GPT-4,20,5,25,x\n")
+    out, _ = printed(capsys, "trace", "info", path)
+    assert "rows read  3 = 2 requests + 1 dropped (failed)\n" in out
+    assert "sessions   1 of 2 requests in all\n" in out
+    assert "stamps     2 different, 8 s apart at least\n" in out
 
 
 @pytest.mark.parametrize(
@@ -160,10 +211,16 @@ def test_the_shipped_specifications_are_fitted_by_the_commands_that_they_name(
     [
         (("info", "none.csv"), "trace: found 'none.csv'; expected a file, or what is shipped: azure-2023-code.yaml"),
         (("info", "no/such.csv"), "no/such.csv: found no readable file"),
-        (("info", "azure-conv-synth.csv", "--from", "csv"), "trace format: found 'csv', expected azure-csv or"),
+        (("info", "azure-conv-synth.csv", "--from", "csv"), "trace format: found 'csv', expected azure-csv, mooncake"),
         (("info", "azure-conv-synth.csv", "--from", "mooncake-jsonl"), "line 1: row: found"),
         (("info", "azure-conv-synth.csv", "--limit", "0"), "number of requests: found 0, expected at least 1"),
         (("convert", "azure-conv-synth.csv", "--format", "x", "--out", "y"), "trace format: found 'x'"),
+        (("convert", "azure-conv-synth.csv", "--format", "vidur-csv", "--out", "y"), "expected azure-csv or mooncake"),
+        (
+            ("convert", "azure-conv-synth.csv", "--format", "azure-csv", "--out", "y", "--arrivals", "x"),
+            "process: found 'x'",
+        ),
+        (("convert", "azure-conv-synth.csv", "--format", "azure-csv", "--out", "y", "--thin", "2"), "thin: found 2"),
         (("synth", "azure-conv-synth.csv", "--out", "y"), "expected"),
         (("synth", "azure-2023-conv.yaml", "--seed", "-1", "--out", "y"), "seed: found -1"),
         (("fit", "azure-conv-synth.csv", "--window-s", "0", "--out", "y"), "window_s: found 0"),

@@ -65,8 +65,11 @@ def test_a_configuration_survives_being_saved_and_read_again(seqs: int, scale: f
         ({"trace": {"limit": 0}}, "c.yaml: trace.limit: found 0; expected greater than 0"),
         ({"scheduler": {"block_size": 0}}, "c.yaml: scheduler.block_size: found 0; expected greater than 0"),
         ({"trace": {"rate_scale": float("inf")}}, "c.yaml: trace.rate_scale: found inf; expected a finite number"),
-        ({"trace": {"paht": "x"}}, "c.yaml: trace.paht: unknown; expected one of format, limit, path, rate_scale"),
-        ({"trace": {"format": "csv"}}, "c.yaml: trace.format: found 'csv'; expected 'azure-csv' or 'mooncake-jsonl'"),
+        (
+            {"trace": {"paht": "x"}},
+            "c.yaml: trace.paht: unknown; expected one of arrivals, dequantise_s, end_s, every_s, format, jitter_s,",
+        ),
+        ({"trace": {"format": "csv"}}, "c.yaml: trace.format: found 'csv'; expected 'azure-csv', 'mooncake-jsonl',"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[str, object], line: str) -> None:

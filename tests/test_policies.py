@@ -24,7 +24,7 @@ LOAD = Load(
     prefill=PrefillShape.of((1000,), (0,)),
     decode=DecodeShape(64, 64_000),
     kv_free_share=0.5,
-    current=None,
+    split=None,
 )
 
 
@@ -57,13 +57,13 @@ loads = st.builds(
         LOAD,
         prefill=PrefillShape(tokens, float(tokens * context)),
         decode=DecodeShape(batch, batch * per_seq),
-        current=current,
+        split=current,
     ),
     tokens=st.integers(1, 8192),
     context=st.integers(1, 4096),
     batch=st.integers(1, 256),
     per_seq=st.integers(1, 8192),
-    current=st.sampled_from([None, FULL, *AmdahlCost().splits]),
+    current=st.sampled_from([None, *AmdahlCost().splits]),
 )
 
 
@@ -104,19 +104,19 @@ def test_adaptive_is_within_5_percent_of_the_best_prefill_throughput_among_the_s
     if meet:
         best = max(throughput(cost, load, split) for split in meet)
         mine = throughput(cost, load, chosen)
-        assert mine == best if chosen != load.current else best <= 1.05 * mine
+        assert mine == best if chosen != load.split else best <= 1.05 * mine
 
 
 @given(loads)
 def test_adaptive_keeps_the_split_in_force_while_it_meets_the_target_and_is_within_5_percent(load: Load) -> None:
     cost = AmdahlCost()
     policy = make_policy("adaptive", cost, SLO)
-    best = policy.decide(replace(load, current=None))
+    best = policy.decide(replace(load, split=None))
     for current in cost.splits:
         keeps = step_s(cost, load, current) <= SLO.tpot_s and (
             throughput(cost, load, best) <= 1.05 * throughput(cost, load, current)
         )
-        assert policy.decide(replace(load, current=current)) == (current if keeps else best)
+        assert policy.decide(replace(load, split=current)) == (current if keeps else best)
 
 
 @given(load=loads, before=st.lists(loads, max_size=5))
@@ -158,9 +158,9 @@ def test_every_name_makes_the_policy_of_that_name(name: str) -> None:
 @pytest.mark.parametrize("name", all_names(ConstantCost(1, 1)))
 def test_a_phase_alone_has_the_whole_device_under_every_policy(name: str) -> None:
     policy = make_policy(name, ConstantCost(1, 1), SLO)
-    for current in (None, FULL, Allocation(Mode.SPLIT, 64, 68)):
-        assert policy.decide(replace(LOAD, prefill=None, current=current)) == FULL
-        assert policy.decide(replace(LOAD, decode=None, current=current)) == FULL
+    for current in (None, Allocation(Mode.SPLIT, 64, 68)):
+        assert policy.decide(replace(LOAD, prefill=None, split=current)) == FULL
+        assert policy.decide(replace(LOAD, decode=None, split=current)) == FULL
 
 
 @given(loads)

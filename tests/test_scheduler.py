@@ -343,7 +343,28 @@ def test_the_policy_is_asked_when_a_phase_or_the_decode_batch_changes_and_not_at
     assert load.prefill is not None
     assert load.decode is not None
     assert (load.prefill.tokens, load.decode.batch, load.decode.kv_tokens) == (9, 1, 4 + 6 + 1)
-    assert (load.waiting_requests, load.waiting_tokens, load.oldest_wait_s, load.current) == (1, 9, 1.0, FULL)
+    assert (load.waiting_requests, load.waiting_tokens, load.oldest_wait_s, load.split) == (1, 9, 1.0, None)
+
+
+def test_the_policy_is_told_the_last_split_also_after_a_phase_had_the_whole_device() -> None:
+    both = Allocation(Mode.SPLIT, 16, 16)
+    policy = Asked(both)
+    bench = Bench(policy)
+    decode = bench.decode(4)
+    assert {load.split for load in policy.loads} == {None}
+    bench.add(4)
+    assert bench.plan().yields == (decode.id,)
+    bench.end(decode, 1)
+    prefill, decode = bench.plan().launches
+    assert (prefill.allocation, decode.allocation) == (both, both)
+    bench.end(prefill)
+    assert bench.plan().yields == (decode.id,)
+    bench.end(decode, 1)
+    (decode,) = bench.plan().launches
+    assert decode.allocation == FULL
+    bench.add(4)
+    bench.plan()
+    assert policy.loads[-1].split == both
 
 
 @pytest.mark.parametrize("both", [Allocation(Mode.SPLIT, 16, 24), Allocation(Mode.CAPPED, 16, 32)])

@@ -82,7 +82,7 @@ def test_a_forced_format_is_not_second_guessed(tmp_path: Path) -> None:
     assert len(read_trace(path, format="azure-csv")) == 3
     with pytest.raises(InputError, match=r"t\.csv: line 1: row: found 'TIMESTAMP.*expected one complete JSON object"):
         read_trace(path, format="mooncake-jsonl")
-    with pytest.raises(InputError, match="trace format: found 'csv', expected azure-csv or mooncake-jsonl"):
+    with pytest.raises(InputError, match="trace format: found 'csv', expected azure-csv, mooncake-jsonl"):
         read_trace(path, format="csv")
 
 
@@ -177,6 +177,7 @@ def test_a_bad_mooncake_row_is_named(tmp_path: Path, row: str, message: str) -> 
         (f"{HEADER}\n".encode() + b"\xff\n", "line 2: found a byte that is not UTF-8"),
         (gzip.compress(AZURE.encode())[:-12], "found broken gzip data"),
         (b"\x1f\x8bnot gzip after all", "found broken gzip data"),
+        (gzip.compress(bytes(1 << 27), 1), "line 1: found more than 67108864 bytes, expected a row of a trace"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:

@@ -67,7 +67,7 @@ def replay(
     else:
         from semipd.report.comparison import summary_report
 
-        show(summary_report(outcome.summary, setup.profile, setup.trace.name, rate_rps(setup.trace), ran))
+        show(summary_report(outcome.summary, setup.profile, setup.trace, rate_rps(setup.trace), ran))
     _note_outside([outcome.summary])
     if not outcome.complete:
         note(f"interrupted: {outcome.summary.completed} of {outcome.summary.requests} requests are complete")

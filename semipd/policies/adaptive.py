@@ -33,7 +33,7 @@ class Adaptive:
 
     Of the splits whose decode step meets the TPOT target it takes the one with the most prefill throughput
     (tokens a second through all layers), of equals the one with the fewest prefill SMs. When none meets it: the
-    one with the shortest decode step. It keeps the split in force while that meets the target and is within 5 % of
+    one with the shortest decode step. It keeps the last split while that meets the target and is within 5 % of
     the best throughput. The whole device while a phase is idle. The idea is MuxWise's (arXiv 2504.14489, section 3):
     decode gets as many SMs as its SLO needs beside this prefill, prefill the rest.
 
@@ -61,7 +61,7 @@ class Adaptive:
             return min(outlooks, key=lambda outlook: outlook.decode_step_s).split
         best = max(fast, key=lambda outlook: outlook.prefill_tps)
         for outlook in fast:
-            if outlook.split == load.current and best.prefill_tps <= GAIN * outlook.prefill_tps:
+            if outlook.split == load.split and best.prefill_tps <= GAIN * outlook.prefill_tps:
                 return outlook.split
         return best.split
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from semipd.compare import PREDICTOR, Comparison
 from semipd.metrics import Distribution, Summary
 from semipd.profile import Profile
+from semipd.trace import Trace
 
 TAKE, STATIC = "★", "•"
 
@@ -22,14 +23,14 @@ def comparison_report(found: Comparison) -> RenderableType:
     """The runs of a comparison, the best static split and the recommended policy marked, and why."""
     marks = {found.best_static: STATIC, found.recommended: TAKE}
     return Group(
-        _title(found.trace, found.runs[0], found.rate_rps),
+        _title(found.trace, found.operations, found.runs[0], found.rate_rps),
         _table(found.runs, marks),
         _notes(found),
     )
 
 
 def summary_report(
-    summary: Summary, profile: Profile, trace: str, rate_rps: float | None, ran: str | None = None
+    summary: Summary, profile: Profile, trace: Trace, rate_rps: float | None, ran: str | None = None
 ) -> RenderableType:
     """One replay, at so many requests a second; ``ran``: what ran where, if it was no simulation."""
     lines = [
@@ -37,13 +38,16 @@ def summary_report(
         f"Time in split: {_splits(summary)}.",
         *_caveats([summary], profile, ran),
     ]
-    return Group(_title(trace, summary, rate_rps), _table([summary], {}), *(Text(line) for line in lines))
+    return Group(
+        _title(trace.name, trace.operations, summary, rate_rps), _table([summary], {}), *(Text(line) for line in lines)
+    )
 
 
-def _title(trace: str, run: Summary, rate_rps: float | None) -> Text:
+def _title(trace: str, operations: Sequence[str], run: Summary, rate_rps: float | None) -> Text:
     rate = "all at once" if rate_rps is None else f"{rate_rps:.3g} a second"
     slo = f"SLO {run.slo.name}: TTFT {run.slo.ttft_s:g} s, TPOT {1e3 * run.slo.tpot_s:g} ms"
-    return Text(f"{trace}: {run.requests:,} requests, {rate}\n{slo}\n")
+    done = f" ({'; '.join(operations)})" if operations else ""
+    return Text(f"{trace}: {run.requests:,} requests, {rate}{done}\n{slo}\n")
 
 
 def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:

@@ -1,4 +1,4 @@
-"""A trace in memory: one array a field, and the operations that cut or warp it."""
+"""A trace in memory: one array a field, and the operations that cut it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from semipd.core import FloatArray, InputError, IntArray, Request
 MAX_TOKENS = 2**31 - 1
 """Longest prompt or output that a trace may hold, in tokens."""
 
-MAX_RATE_SCALE = 1e6
-"""Rates may be scaled by this factor, up or down."""
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,19 +28,48 @@ class Prefixes:
     offsets: IntArray
     block_tokens: int
 
-    def cut(self, start: int, stop: int) -> Prefixes:
-        """The prefixes of requests ``start`` to ``stop`` (exclusive)."""
-        first, last = self.offsets[start], self.offsets[stop]
-        return Prefixes(self.ids[first:last], self.offsets[start : stop + 1] - first, self.block_tokens)
+    def take(self, rows: IntArray) -> Prefixes:
+        """The prefixes of those requests, in that order."""
+        counts = np.diff(self.offsets)[rows]
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
+        return Prefixes(self.ids[np.repeat(self.offsets[:-1][rows], counts) + within], offsets, self.block_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Sessions:
+    """Which requests are turns of one session; every column has one entry a request.
+
+    ``index``: number of the session, -1 for a request of none; ``names[index]`` is its id in the source.
+    ``turn``: 0 for a session's first turn in this trace, then 1 and so on in order of arrival; 0 without session.
+    ``delay_s``: seconds from the end of the turn before to the start of this one; NaN for a first turn, and where the
+    source does not say: then the turn's arrival is all that is known of it.
+    """
+
+    index: IntArray
+    turn: IntArray
+    delay_s: FloatArray
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(index: IntArray, delay_s: FloatArray, names: tuple[str, ...]) -> Sessions:
+        """Sessions of requests in order of arrival: their turns are counted, and a first turn loses its delay."""
+        turn = _occurrence(index)
+        return Sessions(index, turn, np.where(turn > 0, delay_s, np.nan), names)
+
+    def take(self, rows: IntArray) -> Sessions:
+        """The sessions of those requests, turns counted anew."""
+        return Sessions.of(self.index[rows], self.delay_s[rows], self.names)
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """Requests in order of arrival; the first one arrives at 0 s.
 
-    ``rows_read`` rows of the source are either here or counted in ``dropped`` under the reason why. ``sha256`` is
-    that of the source file, None for a drawn trace. Arrays are read-only copies. Raises ValueError when a column is
-    empty, shorter than another, out of order or holds fewer than one token.
+    ``rows_read`` rows of the source, and ``added`` copies of them, are either here or counted in ``dropped`` under the
+    reason why. ``sha256`` is that of the source file, None for a drawn trace. ``operations`` says in words what was
+    done to the arrivals since they were read. Arrays are read-only copies. Raises ValueError when a column is empty,
+    shorter than another, out of order or holds fewer than one token.
     """
 
     name: str
@@ -53,6 +81,9 @@ class Trace:
     dropped: Mapping[str, int] = field(default_factory=dict)
     sha256: str | None = None
     prefixes: Prefixes | None = None
+    sessions: Sessions | None = None
+    added: int = 0
+    operations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for column, dtype in (("arrival_s", np.float64), ("prompt_len", np.int64), ("output_len", np.int64)):
@@ -68,10 +99,14 @@ class Trace:
             raise ValueError("arrival_s must start at 0, be finite and never go back")
         if self.prompt_len.min() < 1 or self.output_len.min() < 1:
             raise ValueError("prompt_len and output_len must be at least 1 token")
-        if self.rows_read != n + sum(self.dropped.values()):
-            raise ValueError(f"{self.rows_read} rows read are not {n} + {dict(self.dropped)} dropped")
+        if self.rows_read + self.added != n + sum(self.dropped.values()):
+            raise ValueError(f"{self.rows_read} rows read + {self.added} are not {n} + {dict(self.dropped)} dropped")
         if self.prefixes is not None and len(self.prefixes.offsets) != n + 1:
             raise ValueError(f"prefixes.offsets has {len(self.prefixes.offsets)} entries, {n + 1} needed")
+        if self.sessions is not None and not (
+            len(self.sessions.index) == len(self.sessions.turn) == len(self.sessions.delay_s) == n
+        ):
+            raise ValueError(f"sessions has {len(self.sessions.index)} entries, {n} needed")
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -83,14 +118,27 @@ class Trace:
 
     def requests(self) -> Iterator[Request]:
         """Every request, numbered from 0 in order of arrival."""
-        columns = zip(self.arrival_s.tolist(), self.prompt_len.tolist(), self.output_len.tolist(), strict=True)
+        for start in range(0, len(self), _CHUNK):  # lists of all rows at once would take ten times the columns
+            yield from self._requests(start, min(start + _CHUNK, len(self)))
+
+    def _requests(self, start: int, stop: int) -> Iterator[Request]:
+        rows = slice(start, stop)
+        columns = zip(
+            range(start, stop),
+            self.arrival_s[rows].tolist(),
+            self.prompt_len[rows].tolist(),
+            self.output_len[rows].tolist(),
+            strict=True,
+        )
         if self.prefixes is None:
-            for i, (arrival_s, prompt_len, output_len) in enumerate(columns):
+            for i, arrival_s, prompt_len, output_len in columns:
                 yield Request(i, arrival_s, prompt_len, output_len)
             return
-        ids, offsets = self.prefixes.ids.tolist(), self.prefixes.offsets.tolist()
-        for i, (arrival_s, prompt_len, output_len) in enumerate(columns):
-            blocks = tuple(ids[offsets[i] : offsets[i + 1]])
+        first = int(self.prefixes.offsets[start])
+        offsets = (self.prefixes.offsets[start : stop + 1] - first).tolist()
+        ids = self.prefixes.ids[first : first + offsets[-1]].tolist()
+        for i, arrival_s, prompt_len, output_len in columns:
+            blocks = tuple(ids[offsets[i - start] : offsets[i - start + 1]])
             size = self.prefixes.block_tokens if blocks else 0
             yield Request(i, arrival_s, prompt_len, output_len, blocks, size)
 
@@ -99,7 +147,7 @@ def head(trace: Trace, n: int, reason: str = "head") -> Trace:
     """The first ``n`` requests; the others are counted as dropped for ``reason``. Raises InputError for n < 1."""
     if n < 1:
         raise InputError(f"{trace.name}: number of requests: found {n}, expected at least 1")
-    return _cut(trace, 0, min(n, len(trace)), reason)
+    return take(trace, np.arange(min(n, len(trace))), reason)
 
 
 def window(trace: Trace, start_s: float, end_s: float) -> Trace:
@@ -113,36 +161,33 @@ def window(trace: Trace, start_s: float, end_s: float) -> Trace:
             f"{trace.name}: window {start_s:g} s to {end_s:g} s: found no arrival in it, expected a part of "
             f"0 to {trace.duration_s:g} s that has one"
         )
-    return _cut(trace, start, stop, "window")
+    return take(trace, np.arange(start, stop), "window")
 
 
-def scale_rate(trace: Trace, factor: float) -> Trace:
-    """Time warp: every arrival divided by ``factor``, so 2 gives twice the rate in half the time.
-
-    Order and the coefficient of variation of the gaps stay; rate changes, think times and the daily shape are
-    compressed with the rest. Raises InputError for a factor outside 1e-6 to 1e6.
-    """
-    check_rate_scale(trace.name, factor)
-    return replace(trace, arrival_s=trace.arrival_s / factor)
-
-
-def check_rate_scale(name: str, factor: float) -> None:
-    """Raises InputError for a factor outside 1e-6 to 1e6."""
-    if not 1 / MAX_RATE_SCALE <= factor <= MAX_RATE_SCALE:
-        raise InputError(f"{name}: rate scale: found {factor:g}, expected {1 / MAX_RATE_SCALE:g} to {MAX_RATE_SCALE:g}")
-
-
-def _cut(trace: Trace, start: int, stop: int, reason: str) -> Trace:
-    """Requests ``start`` to ``stop`` (exclusive), re-based to 0 s, the others counted under ``reason``."""
-    lost = len(trace) - (stop - start)
+def take(trace: Trace, rows: IntArray, reason: str) -> Trace:
+    """Those requests, in ascending order, the first of them now at 0 s; the others are dropped for ``reason``."""
     dropped = dict(trace.dropped)
+    lost = len(trace) - len(rows)
     if lost:
         dropped[reason] = dropped.get(reason, 0) + lost
     return replace(
         trace,
-        arrival_s=trace.arrival_s[start:stop] - trace.arrival_s[start],
-        prompt_len=trace.prompt_len[start:stop],
-        output_len=trace.output_len[start:stop],
+        arrival_s=trace.arrival_s[rows] - trace.arrival_s[rows[0]],
+        prompt_len=trace.prompt_len[rows],
+        output_len=trace.output_len[rows],
         dropped=dropped,
-        prefixes=trace.prefixes.cut(start, stop) if trace.prefixes else None,
+        prefixes=trace.prefixes.take(rows) if trace.prefixes else None,
+        sessions=trace.sessions.take(rows) if trace.sessions else None,
     )
+
+
+def _occurrence(index: IntArray) -> IntArray:
+    """For each entry how many equal ones come before it; 0 for a negative one."""
+    order = np.argsort(index, kind="stable")
+    ordered = index[order]
+    begins = np.flatnonzero(np.concatenate((np.ones(min(len(index), 1), dtype=bool), ordered[1:] != ordered[:-1])))
+    sizes = np.diff(np.append(begins, len(index)))
+    occurrence = np.empty(len(index), dtype=np.int64)
+    occurrence[order] = np.arange(len(index)) - np.repeat(begins, sizes)
+    occurrence[index < 0] = 0
+    return occurrence

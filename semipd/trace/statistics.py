@@ -27,7 +27,10 @@ class TraceInfo:
     ``rate_rps``: requests / (last arrival - first). ``interarrival_cv``: standard deviation / mean of the gaps.
     ``dispersion_*``: variance / mean of the number of arrivals in whole bins of that width, 1 for Poisson.
     ``prefix_share``: share of all prompt tokens in leading blocks that an earlier request had too, which is the
-    hit rate of an unbounded prefix cache; None without block ids.
+    hit rate of an unbounded prefix cache; None without block ids. ``sessions``: how many there are, and
+    ``session_requests`` the requests that are their turns. ``stamps``: different arrival times, ``least_gap_s`` the
+    least time between two of them; few of them far apart mean coarse stamps. ``rows_read`` + ``added`` (by
+    replication) = ``requests`` + all of ``dropped``.
     """
 
     name: str
@@ -45,10 +48,18 @@ class TraceInfo:
     dispersion_10s: float | None
     dispersion_60s: float | None
     prefix_share: float | None
+    added: int
+    sessions: int
+    session_requests: int
+    stamps: int
+    least_gap_s: float | None
+    operations: list[str]
 
 
 def info(trace: Trace) -> TraceInfo:
     """Statistics of a trace."""
+    stamps = np.unique(trace.arrival_s)
+    session = trace.sessions.index[trace.sessions.index >= 0] if trace.sessions else np.zeros(0, dtype=np.int64)
     return TraceInfo(
         name=trace.name,
         source_format=trace.source_format,
@@ -65,6 +76,12 @@ def info(trace: Trace) -> TraceInfo:
         dispersion_10s=dispersion(trace.arrival_s, 10),
         dispersion_60s=dispersion(trace.arrival_s, 60),
         prefix_share=_prefix_share(trace.prefixes, trace.prompt_len) if trace.prefixes else None,
+        added=trace.added,
+        sessions=len(np.unique(session)),
+        session_requests=len(session),
+        stamps=len(stamps),
+        least_gap_s=float(np.diff(stamps).min()) if len(stamps) > 1 else None,
+        operations=list(trace.operations),
     )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from semipd.core import FloatArray, InputError, IntArray
-from semipd.trace.columns import Trace, check_rate_scale
-from semipd.trace.reader import AZURE_TICKS_PER_S
+from semipd.trace.columns import Trace
+from semipd.trace.csv_reader import AZURE_TICKS_PER_S
+from semipd.trace.scaling import MAX_REQUESTS, check_rate_scale
 from semipd.trace.spec import MAX_DURATION_S, TraceSpec
-
-MAX_REQUESTS = 50_000_000
 
 _BLOCK = 4096
 
@@ -46,6 +45,7 @@ def synth(
         output_len=output_len,
         source_format="synth",
         rows_read=len(arrival_s),
+        operations=(f"drawn from {spec.name}, rate x {rate_scale:g}, seed {seed}",),
     )
 
 
