@@ -10,7 +10,7 @@ from typing import Any
 
 from semipd.config import SchedulerOptions, TraceConfig, Workload
 from semipd.core import InputError, Slo, StepRecord
-from semipd.cost import TableCost
+from semipd.cost import CostModel, Misjudged, TableCost
 from semipd.driver import replay
 from semipd.executor import Executor
 from semipd.metrics import Log, RequestTable, Summary, request_table, summarise
@@ -26,18 +26,21 @@ CAPACITY = 0.9
 ALIKE = 0.99
 """Goodputs within 1 % of the best count as equal: a tail latency then decides."""
 
-PREDICTOR = "the tables that the simulation runs on: a perfect predictor"
-
 WATCH_EVERY = 256  # records between two calls of a watcher
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a replay needs but its policy, read and checked. Can be pickled."""
+    """Everything a replay needs but its policy, read and checked. Can be pickled.
+
+    ``cost`` is what the simulation runs on, ``predictor`` what policies predict with, in words ``predicted_by``.
+    """
 
     trace: Trace
     profile: Profile
     cost: TableCost
+    predictor: CostModel
+    predicted_by: str
     slo: Slo
     scheduler: SchedulerConfig
 
@@ -57,10 +60,18 @@ def prepare(config: Workload) -> Setup:
     Raises InputError for whatever is missing or malformed in them.
     """
     profile = load_profile(config.profile)
+    cost = profile.cost()
+    error, seed = config.predictor_error, config.predictor_seed
     return Setup(
         trace=load_trace(config.trace),
         profile=profile,
-        cost=profile.cost(),
+        cost=cost,
+        predictor=Misjudged(cost, error, seed) if error else cost,
+        predicted_by=(
+            f"these tables misjudged by {100 * error:g} % (seed {seed})"
+            if error
+            else "the tables that the simulation runs on: a perfect predictor"
+        ),
         slo=config.targets,
         scheduler=scheduler_config(config.scheduler, profile),
     )
@@ -114,7 +125,7 @@ def simulate(
     """Replay the trace in simulation under one policy, as ``run`` does. Raises InputError for an unknown policy."""
     scheduler = Scheduler(
         setup.scheduler,
-        make_policy(policy, setup.cost, setup.slo),
+        make_policy(policy, setup.predictor, setup.slo),
         device_sms=setup.cost.device_sms,
         layers=setup.cost.layers,
     )
@@ -173,11 +184,13 @@ class Comparison:
     """The same trace under several policies. ``reason``: in one sentence, why the recommended one.
 
     ``operations``: what was done to the trace. ``rate_rps``: requests a second as replayed.
+    ``predicted_by``: what policies predicted with.
     """
 
     trace: str
     operations: tuple[str, ...]
     rate_rps: float | None
+    predicted_by: str
     profile: Profile
     runs: tuple[Summary, ...]
     best_static: str | None
@@ -190,7 +203,7 @@ class Comparison:
             "trace": self.trace,
             "operations": list(self.operations),
             "rate_rps": self.rate_rps,
-            "predictor": PREDICTOR,
+            "predictor": self.predicted_by,
             "profile": self.profile.name,
             "runs": [run.to_json() for run in self.runs],
             "best_static": self.best_static,
@@ -245,6 +258,7 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
         trace=setup.trace.name,
         operations=setup.trace.operations,
         rate_rps=rate_rps(setup.trace),
+        predicted_by=setup.predicted_by,
         profile=setup.profile,
         runs=ordered,
         best_static=static.policy if static else None,

@@ -103,12 +103,18 @@ SLOS: dict[str, Slo] = {
 
 
 class Workload(Strict):
-    """What is replayed, on what, and by which targets it is judged: a preset's name, or TTFT and TPOT."""
+    """What is replayed, on what, and by which targets it is judged: a preset's name, or TTFT and TPOT.
+
+    ``predictor_error``: by how much the times that policies predict with are off (``semipd.cost.Misjudged``), drawn
+    with ``predictor_seed``; at 0 they predict with what the simulation runs on.
+    """
 
     trace: TraceConfig = TraceConfig()
     profile: str = "h200/gqa-64-8-128"
     slo: str | SloConfig = "mlperf-70b-interactive"
     scheduler: SchedulerOptions = SchedulerOptions()
+    predictor_error: Annotated[float, Field(ge=0, le=2)] = 0.0
+    predictor_seed: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("slo")
     @classmethod

@@ -89,6 +89,38 @@ class ConstantCost:
         return np.full(len(kv_tokens), self.decode_step_s), 0
 
 
+class Misjudged:
+    """Another cost model seen by a predictor that errs: for policies that shall not know what the simulation knows.
+
+    At each allocation all times of a phase are off by one factor exp(error * z), z standard normal, drawn with
+    ``seed``: as by tables measured on another day, whose points err together.
+    """
+
+    def __init__(self, cost: CostModel, error: float, seed: int = 0) -> None:
+        self._cost, self._error, self._seed = cost, error, seed
+        self.device_sms, self.layers, self.splits = cost.device_sms, cost.layers, cost.splits
+        self._factors: dict[tuple[int, Allocation], float] = {}
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        """See ``CostModel.prefill_s``."""
+        seconds, outside = self._cost.prefill_s(shape, at, beside)
+        return seconds * self._factor(0, at), outside
+
+    def decode_s(
+        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+    ) -> tuple[FloatArray, int]:
+        """See ``CostModel.decode_s``."""
+        seconds, outside = self._cost.decode_s(batch, kv_tokens, at, beside)
+        return seconds * self._factor(1, at), outside
+
+    def _factor(self, phase: int, at: Allocation) -> float:
+        found = self._factors.get((phase, at))
+        if found is None:
+            drawn = np.random.default_rng([self._seed, phase, at.prefill_sms, at.decode_sms]).standard_normal()
+            found = self._factors[phase, at] = float(np.exp(self._error * drawn))
+        return found
+
+
 CURVES = 4096
 """Decode curves that a ``TableCost`` keeps, of about 0.5 kB each; the least recently used goes first."""
 

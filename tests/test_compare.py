@@ -109,6 +109,18 @@ def test_unknown_names_are_refused_before_anything_runs(profile: Path, setup: Se
         prepare(CompareConfig(profile="h100/x"))
 
 
+def test_a_predictor_that_errs_changes_adaptive_alone_and_is_named(profile: Path) -> None:
+    sure, unsure = (prepare(config(profile, predictor_error=error, predictor_seed=2)) for error in (0.0, 2.0))
+    for policy in ("exclusive", "static-16"):
+        assert replace(simulate(sure, policy).summary, wall_s=None) == replace(
+            simulate(unsure, policy).summary, wall_s=None
+        )
+    runs = [simulate(s, "adaptive").summary for s in (sure, unsure)]
+    assert runs[0].time_in_split != runs[1].time_in_split
+    assert judge(sure, runs[:1]).to_json()["predictor"].endswith("a perfect predictor")
+    assert judge(unsure, runs[1:]).to_json()["predictor"] == "these tables misjudged by 200 % (seed 2)"
+
+
 # Which one to take
 
 

@@ -40,7 +40,7 @@ from synthetic_profile import (
 )
 
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
-from semipd.cost import ConstantCost, CostModel, TableCost, holdout_errors
+from semipd.cost import ConstantCost, CostModel, Misjudged, TableCost, holdout_errors
 from semipd.profile import Profile, load_profile, shipped_profiles
 from semipd.sweep import DecodePoint, DecodeWork, HybridPoint, PrefillPoint, PrefillWork, TableWriter, decode_grid
 
@@ -678,3 +678,30 @@ def test_what_an_incomplete_profile_lacks_is_said_in_one_line(tmp_path: Path, wh
     loaded = load_profile(folder)
     with pytest.raises(InputError, match=f"^{re.escape(str(folder))}/{message}$"):
         loaded.cost()
+
+
+def test_a_misjudged_model_is_off_by_one_factor_for_each_phase_and_allocation(cost: TableCost) -> None:
+    seen = Misjudged(cost, 0.2, seed=1)
+    factors = set()
+    for at in cost.splits:
+        for tokens, context in ((16, 64), (1024, 512), (4000, 3000)):
+            p = shape(tokens, context)
+            ratio = seen.prefill_s(p, at, None)[0] / cost.prefill_s(p, at, None)[0]
+            factors.add((at, "prefill", round(ratio, 12)))
+            kv = np.array([256, 5000, 60000])
+            ratios = seen.decode_s(8, kv, at, p)[0] / cost.decode_s(8, kv, at, p)[0]
+            factors |= {(at, "decode", round(float(r), 12)) for r in ratios}
+    assert len(factors) == 2 * len(cost.splits)
+    assert len({factor for _, _, factor in factors}) == len(factors)
+
+
+def test_misjudging_is_drawn_with_its_seed_and_as_wide_as_asked() -> None:
+    split = [Allocation(Mode.SPLIT, n, 1000 - n) for n in range(1, 1000)]
+    truth = ConstantCost(1.0, 1.0, device_sms=1000)
+    one, again, other = (Misjudged(truth, 0.1, seed) for seed in (3, 3, 4))
+    logs = np.log([one.prefill_s(shape(1, 0.5), at, None)[0] for at in split])
+    assert logs.tolist() == np.log([again.prefill_s(shape(1, 0.5), at, None)[0] for at in split]).tolist()
+    assert not np.allclose(logs, np.log([other.prefill_s(shape(1, 0.5), at, None)[0] for at in split]))
+    assert abs(logs.mean()) < 0.015
+    assert logs.std() == pytest.approx(0.1, rel=0.1)
+    assert Misjudged(truth, 0.0).prefill_s(shape(1, 0.5), split[0], None) == (1.0, False)

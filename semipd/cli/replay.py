@@ -67,7 +67,7 @@ def replay(
     else:
         from semipd.report.comparison import summary_report
 
-        show(summary_report(outcome.summary, setup.profile, setup.trace, rate_rps(setup.trace), ran))
+        show(summary_report(outcome.summary, setup, rate_rps(setup.trace), ran))
     _note_outside([outcome.summary])
     if not outcome.complete:
         note(f"interrupted: {outcome.summary.completed} of {outcome.summary.requests} requests are complete")
@@ -83,6 +83,9 @@ def compare(
     ] = None,
     rate_scale: Annotated[float | None, typer.Option(help="Multiply the arrival rate.")] = None,
     slo: Annotated[str | None, typer.Option(metavar="NAME", help="Latency targets: the name of a preset.")] = None,
+    predictor_error: Annotated[
+        float | None, typer.Option(help="How far off the times are that policies predict with, such as 0.1.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Replays at a time.  [default: the CPUs there are]")] = None,
     sets: Sets = None,
@@ -98,6 +101,7 @@ def compare(
         "policies": json.dumps([name.strip() for name in policies.split(",")]) if policies is not None else None,
         "trace.rate_scale": rate_scale,
         "trace.limit": limit,
+        "predictor_error": predictor_error,
         "slo": json.dumps(slo) if slo is not None else None,
     }
     given = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
@@ -156,7 +160,7 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
     from semipd.policies import make_policy
     from semipd.scheduler import Scheduler
 
-    policy = make_policy(config.policy, setup.cost, setup.slo)
+    policy = make_policy(config.policy, setup.predictor, setup.slo)
     if name is ExecutorName.SIM:
         from semipd.sim import SimExecutor
 

@@ -9,10 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from semipd.compare import PREDICTOR, Comparison
+from semipd.compare import Comparison, Setup
 from semipd.metrics import Distribution, Summary
 from semipd.profile import Profile
-from semipd.trace import Trace
 
 TAKE, STATIC = "★", "•"
 
@@ -29,17 +28,17 @@ def comparison_report(found: Comparison) -> RenderableType:
     )
 
 
-def summary_report(
-    summary: Summary, profile: Profile, trace: Trace, rate_rps: float | None, ran: str | None = None
-) -> RenderableType:
+def summary_report(summary: Summary, setup: Setup, rate_rps: float | None, ran: str | None = None) -> RenderableType:
     """One replay, at so many requests a second; ``ran``: what ran where, if it was no simulation."""
     lines = [
         f"Completed {summary.completed:,}, dropped {summary.dropped:,}; {summary.saturation}.",
         f"Time in split: {_splits(summary)}.",
-        *_caveats([summary], profile, ran),
+        *_caveats([summary], setup.profile, setup.predicted_by, ran),
     ]
     return Group(
-        _title(trace.name, trace.operations, summary, rate_rps), _table([summary], {}), *(Text(line) for line in lines)
+        _title(setup.trace.name, setup.trace.operations, summary, rate_rps),
+        _table([summary], {}),
+        *(Text(line) for line in lines),
     )
 
 
@@ -74,10 +73,10 @@ def _notes(found: Comparison) -> Text:
     if found.best_static is not None and found.best_static != found.recommended:
         lines.append(f"{STATIC} the best static split: {found.best_static}.")
     lines += [f"Time in split of adaptive: {_splits(run)}." for run in found.runs if run.policy == "adaptive"]
-    return Text("\n".join([*lines, *_caveats(found.runs, found.profile)]))
+    return Text("\n".join([*lines, *_caveats(found.runs, found.profile, found.predicted_by)]))
 
 
-def _caveats(runs: Sequence[Summary], profile: Profile, ran: str | None = None) -> list[str]:
+def _caveats(runs: Sequence[Summary], profile: Profile, predicted_by: str, ran: str | None = None) -> list[str]:
     """What one has to know to read the figures: what was simulated, by which predictor, and where it stops."""
     lines = [
         "SLO %: requests that met both targets, good rps: these per second; switch: changes of the partitions; "
@@ -85,7 +84,7 @@ def _caveats(runs: Sequence[Summary], profile: Profile, ran: str | None = None) 
         f"Simulated on {profile.device}, {profile.name}. {profile.description}" if ran is None else ran,
     ]
     if ran is None and any(run.policy == "adaptive" for run in runs):
-        lines.append(f"adaptive predicts with {PREDICTOR}.")
+        lines.append(f"adaptive predicts with {predicted_by}.")
     if ran is None and any(run.switches for run in runs):
         lines.append("A switch costs the wait until both phases reach a boundary, and nothing else.")
     lost = [f"{run.policy} {run.requests - run.completed:,}" for run in runs if run.completed < run.requests]
