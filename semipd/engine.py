@@ -60,7 +60,9 @@ class Engine:
         return self._decode_steps[key]
 
     def _make_decode_step(self, stream: Stream, rows: int) -> Callable[[], None]:
-        model, plan = self.model, self.decode_plan(rows)
+        model = self.model
+        with stream.use():  # on which what the plan is made of is ready then
+            plan = self.decode_plan(rows)
         tokens, positions, slots = (buffer[:rows] for buffer in self.decode_buffers)
 
         def step() -> None:
@@ -90,7 +92,9 @@ class Engine:
         buckets = {bucket(n + 1, self.max_num_seqs) for n in range(self.max_num_seqs)}
         for rows in sorted(buckets, reverse=True):  # the memory of the largest is enough for the others
             self.decode_step(stream, rows)
-        batch = self._blank((prefill_tokens,))
+        longest = self.model.config.max_positions
+        whole, rest = divmod(prefill_tokens, longest)
+        batch = self._blank((longest,) * whole + ((rest,) if rest else ()))
         with self.device.stream(Phase.PREFILL, at).use():
             plan, (rows_of, hidden) = self.prefill_plan(at.prefill_sms), self.start_prefill(batch, batch.positions * 0)
             plan.plan(batch)
@@ -105,7 +109,9 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the device; drop graphs and plans."""
-        self.device.synchronize()
-        self._decode_steps.clear()
-        self._decode_plans.clear()
-        self._prefill_plans.clear()
+        try:
+            self.device.synchronize()
+        finally:
+            self._decode_steps.clear()
+            self._decode_plans.clear()
+            self._prefill_plans.clear()

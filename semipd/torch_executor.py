@@ -96,6 +96,7 @@ def open_executor(
             blank_context=blank_context,
         )
         opened.callback(executor.close)
+        on.synchronize()  # weights, cache and workspaces are made on another stream than those that use them
         yield executor
 
 
@@ -227,8 +228,8 @@ class TorchExecutor:
             batch = PrefillBatch(run, run.max_steps)
         elif batch is None or not batch.continued_by(run):
             raise ValueError(f"prefill run {run.id}: {run.max_steps} layers are left, but of no batch that was stopped")
-        self._stopped = None
         self._prefill = PrefillFlight(self.engine, self.sequences, run, batch, self.now)
+        self._stopped = None
 
     def yield_(self, run_id: int) -> None:
         """Ask the run to end after the steps that are enqueued, or its first; no effect on a run that has ended."""
@@ -277,7 +278,7 @@ class TorchExecutor:
 
     def close(self) -> None:
         """Wait for the device and drop what belongs to its streams, so that the partitions can be closed."""
-        self._prefill = self._decode = None
+        self._prefill = self._decode = self._stopped = None
         self.engine.close()
 
     def _flights(self) -> list[Flight]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Load, Mode, PrefillShape, Slo
 from semipd.cost import ConstantCost
-from semipd.policies import Policy, all_names, make_policy, whole_device
+from semipd.policies import Policy, all_names, chosen, make_policy, whole_device
 from semipd.policies.adaptive import round_up
 
 FULL = whole_device(132)
@@ -189,3 +189,11 @@ def test_an_unknown_policy_is_refused_with_the_names(name: str) -> None:
 
 def test_a_load_says_nothing_of_output_lengths() -> None:
     assert not [field.name for field in fields(Load) if "output" in field.name]
+
+
+@given(loads, st.sampled_from(["exclusive", "static-64", "adaptive"]))
+def test_a_policy_decides_for_the_whole_device_or_a_split_that_it_said_it_can_choose(load: Load, name: str) -> None:
+    cost = AmdahlCost()
+    policy = make_policy(name, cost, SLO)
+    assert policy.decide(load) in (FULL, *chosen(policy, cost))
+    assert len(chosen(policy, cost)) == {"exclusive": 0, "static-64": 1, "adaptive": len(cost.splits)}[name]

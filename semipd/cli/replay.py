@@ -157,7 +157,7 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
 
     from semipd.config import load
     from semipd.core import InputError
-    from semipd.policies import make_policy
+    from semipd.policies import chosen, make_policy, whole_device
     from semipd.scheduler import Scheduler
 
     policy = make_policy(config.policy, setup.predictor, setup.slo)
@@ -201,10 +201,11 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
         prefill_sms=[split.prefill_sms for split in setup.cost.splits],
     ) as opened:
         limits = replace(setup.scheduler, num_blocks=opened.num_blocks)
-        scheduler = Scheduler(limits, policy, device_sms=setup.cost.device_sms, layers=opened.layers)
+        sms = setup.cost.device_sms
+        scheduler = Scheduler(limits, policy, device_sms=sms, layers=opened.layers)
         opened.follow(scheduler.blocks.tokens)
         if name is ExecutorName.GPU:
-            opened.prepare(setup.cost.splits, options.max_num_batched_tokens)
+            opened.prepare((whole_device(sms), *chosen(policy, setup.cost)), options.max_num_batched_tokens)
         yield (
             opened,
             scheduler,

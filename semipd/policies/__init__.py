@@ -10,7 +10,7 @@ from semipd.policies.adaptive import Adaptive
 from semipd.policies.exclusive import Exclusive, whole_device
 from semipd.policies.static import Static
 
-__all__ = ["Adaptive", "Exclusive", "Policy", "Static", "all_names", "make_policy", "whole_device"]
+__all__ = ["Adaptive", "Exclusive", "Policy", "Static", "all_names", "chosen", "make_policy", "whole_device"]
 
 
 class Policy(Protocol):
@@ -47,6 +47,13 @@ def make_policy(name: str, cost: CostModel, slo: Slo) -> Policy:
             return Static(split, cost.device_sms)
     measured = ", ".join(str(split.prefill_sms) for split in cost.splits)
     raise InputError(f"policy: found {name!r}; expected static-N with N one of the measured prefill SMs: {measured}")
+
+
+def chosen(policy: Policy, cost: CostModel) -> tuple[Allocation, ...]:
+    """The splits that a policy can choose while both phases have work; what serves them is made ready for these."""
+    if isinstance(policy, Exclusive):
+        return ()
+    return (policy.split,) if isinstance(policy, Static) else cost.splits
 
 
 def all_names(cost: CostModel) -> tuple[str, ...]:
