@@ -52,7 +52,7 @@ def check_launch(run: Run, in_flight: Iterable[Run]) -> None:
     for other in in_flight:
         if other.phase is run.phase:
             raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} of this phase is in flight")
-        if other.allocation != run.allocation:
+        if other.allocation is not run.allocation and other.allocation != run.allocation:
             raise ValueError(
                 f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.id} is in flight at "
                 f"{other.allocation.name}; expected the same allocation"

@@ -12,8 +12,9 @@ from typing import Generic, TypeVar
 import numpy as np
 import simpy
 
-from semipd.core import DecodeShape, FloatArray, Mode, Phase, PrefillShape, Run, StepRecord
+from semipd.core import DecodeShape, FloatArray, Phase, PrefillShape, Run, StepRecord
 from semipd.cost import CostModel
+from semipd.executor import check_launch, finished_by_prefill, output_left
 
 Own = TypeVar("Own")
 Other = TypeVar("Other")
@@ -76,16 +77,7 @@ class SimExecutor:
         Raises ValueError when a run of the same phase is in flight, one of another allocation, or in ``EXCLUSIVE``
         any other; and for a run without requests or steps or with a sequence that has all its output.
         """
-        prefill, decode = self._prefill, self._decode
-        if prefill is not None:
-            self._refuse_beside(prefill.run, run)
-        if decode is not None:
-            self._refuse_beside(decode.run, run)
-        if not run.requests or run.max_steps < 1:
-            raise ValueError(
-                f"{run.phase.value} run {run.id}: {len(run.requests)} requests, {run.max_steps} steps; "
-                "expected at least 1 of each"
-            )
+        check_launch(run, [flight.run for flight in (self._prefill, self._decode) if flight is not None])
         flight: PrefillFlight | DecodeFlight
         if run.phase is Phase.PREFILL:
             flight, last = PrefillFlight(run, self._now_s), self._last_prefill
@@ -95,19 +87,6 @@ class SimExecutor:
             self._decode = flight
         self._look = self._look or last is None or not flight.continues(last)
         self._changed = True
-
-    @staticmethod
-    def _refuse_beside(other: Run, run: Run) -> None:
-        """Raises ValueError unless this run may start while that one is in flight."""
-        if other.phase is run.phase:
-            raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} of this phase is in flight")
-        if other.allocation is not run.allocation and other.allocation != run.allocation:
-            raise ValueError(
-                f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.id} is in flight at "
-                f"{other.allocation.name}; expected the same allocation"
-            )
-        if run.allocation.mode is Mode.EXCLUSIVE:
-            raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} has the whole device")
 
     def yield_(self, run_id: int) -> None:
         """Ask the run to end at its first boundary from now on; no effect on a run that has ended."""
@@ -327,24 +306,15 @@ class PrefillFlight(Flight[DecodeShape]):
 
     def finished(self, steps: int) -> tuple[int, ...]:
         """Requests whose prompt is complete and whose output is with one token more."""
-        run = self.run
-        if steps < run.max_steps:
-            return ()
-        batch = zip(run.requests, run.new_tokens, run.context_lens, run.emits, strict=True)
-        return tuple([r.id for r, new, n, emits in batch if emits and n + new >= r.prompt_len + r.output_len - 1])
+        return () if steps < self.run.max_steps else finished_by_prefill(self.run)
 
 
 class DecodeFlight(Flight[PrefillShape]):
     """Steps of one batch, up to the first that gives a sequence its last token."""
 
     def __init__(self, run: Run, now_s: float) -> None:
-        # Output to come: a sequence of n cached tokens has had n - prompt_len + 1 tokens of it.
-        batch = zip(run.requests, run.context_lens, strict=True)
-        self._left = [r.prompt_len + r.output_len - 1 - cached for r, cached in batch]
+        self._left = output_left(run)
         self._first_finish = min(self._left)
-        if self._first_finish < 1:
-            done = run.requests[self._left.index(self._first_finish)]
-            raise ValueError(f"decode run {run.id}: request {done.id} has all its {done.output_len} tokens of output")
         super().__init__(run, now_s, min(run.max_steps, self._first_finish))
         self._batch = len(run.requests)
         self._cached = sum(run.context_lens)
