@@ -26,10 +26,11 @@ class InputError(Exception):
 
 
 class Phase(str, Enum):
-    """The two phases of serving a request."""
+    """What a run does: one of the two phases of serving a request, or a fused batch of both."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+    MIXED = "mixed"
 
 
 class Mode(str, Enum):
@@ -46,12 +47,17 @@ class Mode(str, Enum):
 class Allocation:
     """What a policy chooses: a mode, and the SMs each phase may use while both have work.
 
-    In ``EXCLUSIVE`` one phase at a time has the whole device and both counts equal it.
+    In ``EXCLUSIVE`` one phase at a time has the whole device, ``first`` while it has work; in ``PRIORITY`` and
+    ``MIXED`` both have it together. Both counts equal the device there; in ``CAPPED`` that of decode does.
+    ``chunk_tokens``: in ``MIXED`` the most tokens of a fused batch, one for each decoding sequence included (vLLM's
+    ``max_num_batched_tokens``); 0 in the other modes.
     """
 
     mode: Mode
     prefill_sms: int
     decode_sms: int
+    chunk_tokens: int = 0
+    first: Phase = Phase.PREFILL
 
     @property
     def name(self) -> str:
@@ -63,7 +69,7 @@ class Allocation:
         return "full" if self.mode is Mode.EXCLUSIVE else self.mode.value
 
     def sms(self, phase: Phase) -> int:
-        """SMs of one phase's partition."""
+        """SMs of one phase's partition; in ``MIXED`` those of the whole device."""
         return self.prefill_sms if phase is Phase.PREFILL else self.decode_sms
 
 
@@ -124,6 +130,9 @@ class Run:
     ``allocation`` says which partition ``sms`` belongs to, and so what it may run beside. ``emits[i]``: whether
     the end of a prefill run's last layer gives ``requests[i]`` a token, its prompt being complete then; in decode
     every step gives every sequence one, and it is empty.
+
+    Mixed: one step, which is all layers, of a fused batch. The first ``decodes`` requests are decoding, with one new
+    token each; the others have a piece of their prompt in it. ``emits[i]`` as in prefill, always true for the former.
     """
 
     id: int
@@ -135,11 +144,12 @@ class Run:
     max_steps: int
     allocation: Allocation
     emits: tuple[bool, ...] = ()
+    decodes: int = 0
 
     @property
     def prefill_shape(self) -> PrefillShape:
-        """Shape of this run as prefill."""
-        return PrefillShape.of(self.new_tokens, self.context_lens)
+        """Shape of this run as prefill; of a fused batch, its prompts."""
+        return PrefillShape.of(self.new_tokens[self.decodes :], self.context_lens[self.decodes :])
 
     @property
     def decode_shape(self) -> DecodeShape:

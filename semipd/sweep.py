@@ -199,6 +199,32 @@ class HybridPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedPoint:
+    """One row of a mixed table: fused steps of a prefill chunk and a decode batch, on the whole device.
+
+    Milliseconds are those of a whole step divided by the model's layers, as in the other tables.
+    """
+
+    tokens: int
+    mean_context: int
+    seqs: int
+    seq_tokens: int
+    seq_context: int
+    batch: int
+    kv_tokens: int
+    backend: str
+    steps: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a point the same point on resuming."""
+        return (self.seqs, self.seq_tokens, self.seq_context, self.batch, self.kv_tokens, self.backend)
+
+
+@dataclass(frozen=True, slots=True)
 class TotalPoint:
     """One row of a fixed-work table: so many prefill and decode steps, started together or in turn.
 
@@ -229,7 +255,7 @@ class TotalPoint:
         )  # fmt: skip
 
 
-Point = TypeVar("Point", PrefillPoint, DecodePoint, HybridPoint, TotalPoint)
+Point = TypeVar("Point", PrefillPoint, DecodePoint, HybridPoint, MixedPoint, TotalPoint)
 
 
 @dataclass(frozen=True)

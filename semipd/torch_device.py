@@ -103,7 +103,7 @@ class CpuDevice:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._streams = {phase: CpuStream() for phase in Phase}
+        self._streams = {phase: CpuStream() for phase in (Phase.PREFILL, Phase.DECODE)}
 
     def stream(self, phase: Phase, allocation: Allocation) -> Stream:
         """See ``Device``."""
