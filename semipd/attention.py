@@ -43,6 +43,10 @@ class Attention(Protocol):
         """For batches of any shape, on a partition of so many SMs."""
         ...
 
+    def mixed(self) -> AttentionPlan:
+        """For fused batches of prompts and decoding sequences, on the whole device."""
+        ...
+
     def decode(self, rows: int) -> AttentionPlan:
         """For batches of exactly so many sequences with one new token each."""
         ...
@@ -59,6 +63,10 @@ class TorchAttention:
     def prefill(self, sms: int) -> AttentionPlan:
         """See ``Attention``."""
         del sms
+        return TorchPlan(self._cache)
+
+    def mixed(self) -> AttentionPlan:
+        """See ``Attention``."""
         return TorchPlan(self._cache)
 
     def decode(self, rows: int) -> AttentionPlan:
@@ -107,7 +115,8 @@ class FlashinferAttention:
 
     ``prefill_backend`` names the kernel of a partition by its SMs: ``fa2``, ``fa3``, or ``fa3-sized``, which is fa3
     planned for the partition (docs/adr/0002-fa3-sized-to-the-partition.md). Decode uses tensor cores (fa2).
-    Prefill plans share one workspace and decode plans another, as there is one run of each phase at a time.
+    So are fused batches, whose many single rows fa3 is slow at. Prefill and fused plans share one workspace and decode
+    plans another, as there is one run of each phase at a time.
     """
 
     graphs = True
@@ -129,6 +138,10 @@ class FlashinferAttention:
     def prefill(self, sms: int) -> AttentionPlan:
         """See ``Attention``."""
         return FlashinferPrefill(self._config, self._cache, self._workspaces[0], self._prefill_backend(sms), sms)
+
+    def mixed(self) -> AttentionPlan:
+        """See ``Attention``."""
+        return FlashinferPrefill(self._config, self._cache, self._workspaces[0], "fa2", 0)
 
     def decode(self, rows: int) -> AttentionPlan:
         """See ``Attention``. Its buffers are shared by the plans of every number of rows."""

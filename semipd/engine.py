@@ -34,6 +34,7 @@ class Engine:
         tokens, positions, slots = (torch.zeros(max_num_seqs, dtype=torch.int64, device=device.name) for _ in range(3))
         self.decode_buffers = tokens, positions, slots
         self._prefill_plans: dict[int, AttentionPlan] = {}
+        self._mixed_plan: AttentionPlan | None = None
         self._decode_plans: dict[int, AttentionPlan] = {}
         self._decode_steps: dict[tuple[Stream, int], Callable[[], None]] = {}
 
@@ -42,6 +43,12 @@ class Engine:
         if sms not in self._prefill_plans:
             self._prefill_plans[sms] = self._attention.prefill(sms)
         return self._prefill_plans[sms]
+
+    def mixed_plan(self) -> AttentionPlan:
+        """Attention of fused batches, on the whole device."""
+        if self._mixed_plan is None:
+            self._mixed_plan = self._attention.mixed()
+        return self._mixed_plan
 
     def decode_plan(self, rows: int) -> AttentionPlan:
         """Decode attention of so many rows."""
@@ -115,3 +122,4 @@ class Engine:
             self._decode_steps.clear()
             self._decode_plans.clear()
             self._prefill_plans.clear()
+            self._mixed_plan = None

@@ -47,7 +47,7 @@ class Executor(Protocol):
 def check_launch(run: Run, in_flight: Iterable[Run]) -> None:
     """Raises ValueError for a run that must not start beside those in flight, as ``Executor.launch`` says.
 
-    Nor may one without requests or steps, or in ``EXCLUSIVE`` any beside another.
+    Nor may one without requests or steps, or in ``EXCLUSIVE`` and ``MIXED`` any beside another.
     """
     for other in in_flight:
         if other.phase is run.phase:
@@ -57,7 +57,7 @@ def check_launch(run: Run, in_flight: Iterable[Run]) -> None:
                 f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.id} is in flight at "
                 f"{other.allocation.name}; expected the same allocation"
             )
-        if run.allocation.mode is Mode.EXCLUSIVE:
+        if run.allocation.mode in (Mode.EXCLUSIVE, Mode.MIXED):
             raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} has the whole device")
     if not run.requests or run.max_steps < 1:
         raise ValueError(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from semipd.attention import AttentionPlan
 from semipd.core import Run
 from semipd.engine import Engine, bucket
 from semipd.executor import finished_by_prefill, output_left
@@ -115,9 +116,12 @@ class PrefillFlight(Flight):
     ) -> None:
         super().__init__(run, engine.device.stream(run.phase, run.allocation), run.max_steps, now)
         self._engine, self._sequences, self._batch = engine, sequences, batch
-        self._plan = engine.prefill_plan(run.allocation.prefill_sms)
+        self._plan = self._attention()
         self._first_tokens: list[int] = []
         self._emitting: Tensor | None = None
+
+    def _attention(self) -> AttentionPlan:
+        return self._engine.prefill_plan(self.run.allocation.prefill_sms)
 
     @property
     def stopped(self) -> PrefillBatch | None:
@@ -168,6 +172,23 @@ class PrefillFlight(Flight):
             if emits:
                 history.add(context + new, (next(tokens),))
         return finished_by_prefill(run)
+
+
+class MixedFlight(PrefillFlight):
+    """A fused step: all layers of a batch of prompt pieces and decoding sequences, which are pieces of one token."""
+
+    def __init__(self, engine: Engine, sequences: Sequences, run: Run, now: Callable[[], float]) -> None:
+        super().__init__(engine, sequences, run, PrefillBatch(run, engine.model.config.layers), now)
+
+    def _attention(self) -> AttentionPlan:
+        return self._engine.mixed_plan()
+
+    def enqueue(self, step: int) -> Tensor | None:
+        """See ``Flight``: every layer at once, and a token for all that emit."""
+        tokens = None
+        for layer in range(step, self._batch.layers):
+            tokens = super().enqueue(layer)
+        return tokens
 
 
 class DecodeFlight(Flight):

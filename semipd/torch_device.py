@@ -103,7 +103,7 @@ class CpuDevice:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._streams = {phase: CpuStream() for phase in (Phase.PREFILL, Phase.DECODE)}
+        self._streams = {phase: CpuStream() for phase in Phase}
 
     def stream(self, phase: Phase, allocation: Allocation) -> Stream:
         """See ``Device``."""
@@ -173,17 +173,15 @@ def partition_of(bank: PartitionBank, phase: Phase, allocation: Allocation) -> P
     """Where a phase runs.
 
     ``split``: on its partition of that split. ``capped``: prefill on a split's prefill partition, decode on the whole
-    device at the highest priority. ``priority`` and ``exclusive``: both on the whole device, decode at the highest
-    priority.
+    device at the highest priority. ``priority``, ``exclusive`` and ``mixed``: on the whole device, decode at the
+    highest priority.
 
     Raises InputError for a split that the bank does not have; ValueError for one that it has with another number of
-    SMs, and for ``mixed``, where a batch is not of one phase.
+    SMs.
     """
     mode, prefill = allocation.mode, phase is Phase.PREFILL
-    if mode is Mode.MIXED:
-        raise ValueError("a fused batch (mixed) is no run of one phase; expected another mode")
     if mode is not Mode.SPLIT and not (mode is Mode.CAPPED and prefill):
-        return bank.whole_normal if prefill else bank.whole_high
+        return bank.whole_high if phase is Phase.DECODE else bank.whole_normal
     split = bank.pick(allocation.prefill_sms)
     partition = split.prefill if prefill else split.decode
     if partition.sms != allocation.sms(phase):

@@ -19,7 +19,7 @@ from semipd.attention import WORKSPACE_BYTES, Attention, FlashinferAttention, To
 from semipd.core import Allocation, InputError, Phase, Run, StepRecord
 from semipd.engine import Engine
 from semipd.executor import check_launch, output_left
-from semipd.flight import DecodeFlight, Flight, PrefillBatch, PrefillFlight
+from semipd.flight import DecodeFlight, Flight, MixedFlight, PrefillBatch, PrefillFlight
 from semipd.model import Model, load_weights, random_weights
 from semipd.model_config import DTYPE_BYTES, ModelConfig
 from semipd.ops import FlashinferOps, TorchOps
@@ -131,8 +131,9 @@ class TorchExecutor:
     """An ``Executor`` that runs a model; time is the wall's, from the first look at it.
 
     **Steps.** A prefill step is one layer of the batch, the last one with the sampling of first tokens; a decode step
-    is a whole pass that gives each sequence a token. Sampling is greedy. A run ends where ``SimExecutor``'s would,
-    but that what is enqueued is done: a yield takes effect within ``LOOK_AHEAD`` steps.
+    is a whole pass that gives each sequence a token, and so is the one step of a fused batch. Sampling is greedy. A run
+    ends where ``SimExecutor``'s would, but that what is enqueued is done: a yield takes effect within ``LOOK_AHEAD``
+    steps.
 
     **Work is enqueued by** ``wait``, up to ``LOOK_AHEAD`` steps of each phase, and on a CPU done there and then.
     ``steps_done`` counts the step before the last one enqueued as done, as it cannot be taken back: so the scheduler
@@ -175,6 +176,7 @@ class TorchExecutor:
         self._last_end_s = 0.0
         self._prefill: PrefillFlight | None = None
         self._decode: DecodeFlight | None = None
+        self._mixed: MixedFlight | None = None
         self._stopped: PrefillBatch | None = None  # between two layers
 
     @property
@@ -212,6 +214,9 @@ class TorchExecutor:
         check_launch(run, [flight.run for flight in self._flights()])
         if run.phase is Phase.PREFILL:
             self._launch_prefill(run)
+        elif run.phase is Phase.MIXED:
+            self.sequences.check(run)
+            self._mixed = MixedFlight(self.engine, self.sequences, run, self.now)
         else:
             if len(run.requests) > self.engine.max_num_seqs:
                 raise ValueError(
@@ -278,12 +283,12 @@ class TorchExecutor:
 
     def close(self) -> None:
         """Wait for the device and drop what belongs to its streams, so that the partitions can be closed."""
-        self._prefill = self._decode = self._stopped = None
+        self._prefill = self._decode = self._mixed = self._stopped = None
         self.engine.close()
 
     def _flights(self) -> list[Flight]:
         """Those in flight; decode, whose steps are short and whose tokens someone reads, is fed first."""
-        return [flight for flight in (self._decode, self._prefill) if flight is not None]
+        return [flight for flight in (self._decode, self._mixed, self._prefill) if flight is not None]
 
     def _collect(self) -> list[StepRecord]:
         """The records of the runs that have ended, in that order, which are no longer in flight then."""
@@ -293,7 +298,9 @@ class TorchExecutor:
             ended += late
         records = []
         for flight in sorted(ended, key=lambda flight: flight.ends_s[-1]):
-            if isinstance(flight, PrefillFlight):
+            if isinstance(flight, MixedFlight):
+                self._mixed = None
+            elif isinstance(flight, PrefillFlight):
                 self._prefill, self._stopped = None, flight.stopped
             else:
                 self._decode = None

@@ -50,7 +50,7 @@ class LaggingDevice(CpuDevice):
 
     def __init__(self, prefill_lag: int, decode_lag: int) -> None:
         super().__init__()
-        self._lags = {Phase.PREFILL: prefill_lag, Phase.DECODE: decode_lag}
+        self._lags = {Phase.PREFILL: prefill_lag, Phase.MIXED: prefill_lag, Phase.DECODE: decode_lag}
         self.lagging: dict[tuple[Phase, Allocation], LaggingStream] = {}
 
     def stream(self, phase: Phase, allocation: Allocation) -> LaggingStream:

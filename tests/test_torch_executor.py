@@ -231,6 +231,41 @@ def test_only_prompts_that_are_complete_get_a_token() -> None:
     assert list(executor.tokens(0)) == alone("llama", 0, 5)[:1]
 
 
+@pytest.mark.parametrize("lag", [0, 2])
+def test_law_11_holds_for_fused_batches(lag: int) -> None:
+    """Prompts in pieces beside sequences that decode, as a scheduler of chunked prefill would have it."""
+    requests = tuple(Request(i, 0.0, 5 + 4 * i, 9) for i in range(4))
+    executor = executor_of(40, device=LaggingDevice(lag, lag) if lag else CpuDevice())
+    cached, generated, finished = dict.fromkeys(range(4), 0), dict.fromkeys(range(4), 0), []
+    step = 0
+    while len(finished) < 4:
+        pieces: list[tuple[Request, int, bool]] = []
+        room = 6
+        for request in sorted(requests, key=lambda r: -generated[r.id]):
+            if request.id in finished or room == 0:
+                continue
+            decodes = generated[request.id] > 0
+            new = 1 if decodes else min(room, request.prompt_len - cached[request.id])
+            room -= new
+            pieces.append((request, new, decodes or cached[request.id] + new == request.prompt_len))
+        step += 1
+        executor.launch(
+            Run(
+                step, Phase.MIXED, tuple(r for r, _, _ in pieces), tuple(n for _, n, _ in pieces),
+                tuple(cached[r.id] for r, _, _ in pieces), 132, 1, Allocation(Mode.MIXED, 132, 132, 6),
+                tuple(e for _, _, e in pieces), sum(generated[r.id] > 0 for r, _, _ in pieces),
+            )
+        )  # fmt: skip
+        (record,) = executor.wait(None)
+        assert record.steps == 1
+        for request, new, emits in pieces:
+            cached[request.id] += new
+            generated[request.id] += emits
+        finished += record.finished
+    assert {i: list(executor.tokens(i)) for i in range(4)} == {i: alone("llama", i, 5 + 4 * i) for i in range(4)}
+    assert executor.sequences.blocks.free == 40
+
+
 def test_layers_that_no_stopped_batch_has_left_are_refused() -> None:
     one, other = (Request(i, 0.0, 5, 1) for i in range(2))
     executor = executor_of(20)
@@ -413,6 +448,7 @@ def test_each_mode_has_its_partitions() -> None:
             Allocation(Mode.CAPPED, 64, whole): (split.prefill, bank.whole_high),
             Allocation(Mode.PRIORITY, whole, whole): (bank.whole_normal, bank.whole_high),
             Allocation(Mode.EXCLUSIVE, whole, whole): (bank.whole_normal, bank.whole_high),
+            Allocation(Mode.MIXED, whole, whole, 512): (bank.whole_normal, bank.whole_high),
         }
         phases = (Phase.PREFILL, Phase.DECODE)
         for allocation, partitions in at.items():
@@ -424,8 +460,6 @@ def test_each_mode_has_its_partitions() -> None:
             partition_of(bank, Phase.PREFILL, Allocation(Mode.SPLIT, 72, decode_sms))
         with pytest.raises(ValueError, match=f"64/1: found {decode_sms} SMs for decode"):
             partition_of(bank, Phase.DECODE, Allocation(Mode.SPLIT, 64, 1))
-        with pytest.raises(ValueError, match="mixed"):
-            partition_of(bank, Phase.PREFILL, Allocation(Mode.MIXED, whole, whole))
 
 
 def test_an_executor_can_be_opened_by_its_configuration(tmp_path: Path) -> None:
