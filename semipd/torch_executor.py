@@ -68,10 +68,12 @@ def open_executor(
     """
     with ExitStack() as opened:
         on: Device
+        lanes = 1  # that prefill may have: the whole device, and each split
         if device == "cuda":
             from semipd.partition import PartitionBank
 
-            on = CudaDevice(opened.enter_context(PartitionBank(step_sms=step_sms, prefill_sms=prefill_sms)))
+            bank = opened.enter_context(PartitionBank(step_sms=step_sms, prefill_sms=prefill_sms))
+            on, lanes = CudaDevice(bank), 1 + len(bank.splits)
         else:
             on = CpuDevice()
         if weights_dir is None:
@@ -79,8 +81,8 @@ def open_executor(
         else:
             weights = load_weights(config, weights_dir, device)
         if num_blocks is None:
-            work_bytes = activation_bytes(config, max_num_batched_tokens, max_num_seqs)
-            num_blocks = _blocks_that_fit(config, device, work_bytes, block_size, gpu_memory_utilization)
+            lane_bytes = activation_bytes(config, max_num_batched_tokens, max_num_seqs) + GRAPHS_BYTES
+            num_blocks = _blocks_that_fit(config, device, lanes * lane_bytes, block_size, gpu_memory_utilization)
         cache = PagedKvCache(config, num_blocks, block_size, device)
         attention: Attention
         if device == "cuda":
@@ -111,8 +113,8 @@ def activation_bytes(config: ModelConfig, tokens: int, sequences: int) -> int:
     return DTYPE_BYTES[config.dtype] * ((tokens + sequences) * row + logits)
 
 
-GRAPHS_BYTES = 2 << 30
-"""Left for CUDA graphs and the workspaces of cuBLAS, which has 64 MiB for each stream on Hopper."""
+GRAPHS_BYTES = 512 << 20
+"""Left for the CUDA graphs of a partition and cuBLAS's workspaces, of which it has one for each stream."""
 
 
 def _blocks_that_fit(config: ModelConfig, device: str, work_bytes: int, block_size: int, utilization: float) -> int:
@@ -120,7 +122,7 @@ def _blocks_that_fit(config: ModelConfig, device: str, work_bytes: int, block_si
     if device != "cuda":
         raise InputError(f"num_blocks: missing; expected a number of KV blocks on a {device}")
     free, total = torch.cuda.mem_get_info()
-    free -= int((1 - utilization) * total) + work_bytes + 2 * WORKSPACE_BYTES + GRAPHS_BYTES
+    free -= int((1 - utilization) * total) + work_bytes + 2 * WORKSPACE_BYTES
     blocks = int(free // (config.kv_bytes_per_token * block_size)) - 1  # one is scratch
     if blocks < 1:
         raise InputError(f"gpu_memory_utilization: found {utilization}, which leaves no room for a block of KV cache")

@@ -80,6 +80,16 @@ def test_prefill_attention_is_that_of_plain_torch(
         assert close(plan.run(3, q), expected)
 
 
+def test_attention_of_a_fused_batch_is_that_of_plain_torch(cache: PagedKvCache) -> None:
+    ragged = batch([1, 1, 1, 300, 64], [1000, 5, 333, 0, 100])
+    q = torch.randn(ragged.rows, 4, 128, device="cuda", dtype=torch.bfloat16)
+    plans = [attention.mixed() for attention in (TorchAttention(cache), FlashinferAttention(MODEL, cache, 8))]
+    for plan in plans:
+        plan.plan(ragged)
+    expected, found = (plan.run(2, q) for plan in plans)
+    assert close(found, expected)
+
+
 def test_decode_attention_is_that_of_plain_torch_and_follows_the_last_plan(cache: PagedKvCache) -> None:
     flashinfer = FlashinferAttention(MODEL, cache, 8)
     plans = {rows: flashinfer.decode(rows) for rows in (4, 8)}
