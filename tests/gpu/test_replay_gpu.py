@@ -37,8 +37,9 @@ MODEL = load(REPOSITORY / "configs" / "models" / "llama-3-8b.yaml", ModelConfig)
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def executor() -> Iterator[TorchExecutor]:
+    """A new one for each replay: its clock starts with it."""
     with open_executor(MODEL, device="cuda", num_blocks=BLOCKS, max_num_seqs=256, prefill_sms=[64]) as opened:
         yield opened
 
