@@ -8,6 +8,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from semipd.profile import load_profile
+from semipd.sweep import TotalPoint, read_table
 
 HERE = Path(__file__).parent
 TOKENS, CONTEXT, BATCH, KV_TOKENS = 2048, 2048, 256, 524_288
@@ -49,5 +50,23 @@ def contention(name: str) -> None:
     figure.savefig(HERE / "h200-gqa-contention.svg", metadata={"Date": None})
 
 
+def fixed_work(folder: Path) -> None:
+    """10 prefill and 100 decode layers started together: how much faster than the fastest backend in turn."""
+    points = read_table(folder / "total.csv", TotalPoint).points
+    in_turn = min(p.total_ms for p in points if p.mode == "in-turn")
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for backend, colour in (("fa3-sized", "tab:blue"), ("fa3", "tab:orange"), ("fa2", "tab:green")):
+        for mode, style in (("split", "o-"), ("capped", "^:")):
+            rows = sorted((p.prefill_sms, p.total_ms) for p in points if (p.mode, p.prefill_backend) == (mode, backend))
+            sms, speed_up = [n for n, _ in rows], [in_turn / ms for _, ms in rows]
+            axes.plot(sms, speed_up, style, color=colour, markersize=4, label=f"{backend}, {mode}")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set(xlabel="prefill SMs", ylabel="times faster than in turn", title="Fixed work, against the fastest in turn")
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(HERE / "h200-gqa-fixed-work.svg", metadata={"Date": None})
+
+
 if __name__ == "__main__":
     contention("h200/gqa-64-8-128")
+    fixed_work(load_profile("h200/gqa-64-8-128").folder / "sweeps")

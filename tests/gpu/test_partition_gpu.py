@@ -202,7 +202,9 @@ def test_a_reused_context_and_a_new_one_of_a_split_have_disjoint_sms(device: Dev
         assert set.intersection(*expected) == set()
 
 
-def test_releasing_idle_contexts_gives_their_memory_back_with_the_primary_context(record: dict[str, object]) -> None:
+def test_releasing_idle_contexts_gives_their_memory_back_with_the_primary_context(
+    record: dict[str, object], tmp_path: Path
+) -> None:
     program = """
 from semipd.partition import Device, PartitionBank, PrimaryContext, release_idle
 free = [PrimaryContext(Device()).free_bytes]
@@ -216,7 +218,8 @@ for _ in range(3):
     free.append(PrimaryContext(Device()).free_bytes)
 print(taken, *free)
 """  # alone in its process: here the runtime, which launches the kernels, retains the primary context as well
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    # Elsewhere, for a checkout in the current folder would hide the installed package.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     taken, before, *after = map(int, done.stdout.split())
     record["released"] = {"taken_mib": taken / MIB, "held_mib": [(before - free) / MIB for free in after]}
