@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from typing import TypeAlias
 
 import numpy as np
@@ -153,8 +154,12 @@ class Run:
 
     @property
     def decode_shape(self) -> DecodeShape:
-        """Shape of this run's first step as decode; the token that each sequence processes attends to itself."""
-        return DecodeShape(len(self.requests), sum(self.context_lens) + len(self.requests))
+        """Shape of this run's first step as decode; of a fused batch, its decoding sequences, which may be none.
+
+        The token that each sequence processes attends to itself.
+        """
+        batch = self.decodes if self.phase is Phase.MIXED else len(self.requests)
+        return DecodeShape(batch, sum(self.context_lens[:batch]) + batch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +186,34 @@ class StepRecord:
     def end_s(self) -> float:
         """End of the last step; the start when the run was stopped before its first boundary."""
         return float(self.ends_s[-1]) if len(self.ends_s) else self.start_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overheads:
+    """Host time that is in no step, milliseconds, as profile.json has it.
+
+    ``*_start_ms``: from the launch of a run that is not the plain continuation of its predecessor until its first step
+    begins. ``switch_ms``: from a change of allocation until anything can start at the new one.
+    """
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, in profiles
+
+    prefill_start_ms: float = 0.0
+    decode_start_ms: float = 0.0
+    mixed_start_ms: float = 0.0
+    switch_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < inf:
+                raise ValueError(f"{name}: found {value}; expected zero or more")
+
+    def start_s(self, phase: Phase) -> float:
+        """Seconds from the launch of a run of this phase until its first step begins."""
+        return float(getattr(self, f"{phase.value}_start_ms")) / 1e3
+
+
+NO_OVERHEADS = Overheads()
 
 
 @dataclass(frozen=True, slots=True)

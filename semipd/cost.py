@@ -7,24 +7,23 @@ fixed step times.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from math import log2
-from operator import mul
-from typing import Any, Generic, Protocol, TypeVar
+from functools import lru_cache, partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Mode, PrefillShape
-from semipd.sweep import DecodePoint, HybridPoint, PrefillPoint
+from semipd.grid import Axis, Grid, VectorGrid, axis_values
+from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
 
 
 class CostModel(Protocol):
     """Step times from measurements.
 
-    A prefill step is one layer of a batch; a decode step is one token of every sequence, all layers.
+    A prefill step is one layer of a batch; a decode step is one token of every sequence, all layers, and so is a fused
+    step.
     """
 
     @property
@@ -38,8 +37,21 @@ class CostModel(Protocol):
         ...
 
     @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        """Every measured way of running both phases at once, each mode by ascending prefill SMs.
+
+        The one of mode ``MIXED`` has the most prompt tokens that were measured in a fused batch; fewer may be chosen.
+        """
+        ...
+
+    @property
     def splits(self) -> tuple[Allocation, ...]:
-        """The measured disjoint splits, by ascending prefill SMs."""
+        """Those of them that are disjoint splits."""
+        ...
+
+    @property
+    def refused(self) -> Mapping[Mode, str]:
+        """Modes that cannot be priced, and what is missing."""
         ...
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
@@ -59,6 +71,13 @@ class CostModel(Protocol):
         """
         ...
 
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        """Seconds of one fused step on the whole device: all layers of prompt pieces and, if any, of a decode batch.
+
+        The flag is that of ``prefill_s``. Raises KeyError when no fused batch was measured.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class ConstantCost:
@@ -69,12 +88,29 @@ class ConstantCost:
     layers: int = 1
     device_sms: int = 132
     granularity_sms: int = 8
+    chunk_tokens: int = 8192
 
     @property
     def splits(self) -> tuple[Allocation, ...]:
         """Every disjoint split in multiples of ``granularity_sms``."""
-        steps = range(self.granularity_sms, self.device_sms, self.granularity_sms)
-        return tuple(Allocation(Mode.SPLIT, n, self.device_sms - n) for n in steps)
+        return tuple(Allocation(Mode.SPLIT, n, self.device_sms - n) for n in self._sizes)
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        """The splits, as many capped ones, priority, and fused batches of up to ``chunk_tokens``."""
+        whole = self.device_sms
+        capped = tuple(Allocation(Mode.CAPPED, n, whole) for n in self._sizes)
+        together = Allocation(Mode.PRIORITY, whole, whole), Allocation(Mode.MIXED, whole, whole, self.chunk_tokens)
+        return (*self.splits, *capped, *together)
+
+    @property
+    def refused(self) -> Mapping[Mode, str]:
+        """None."""
+        return {}
+
+    @property
+    def _sizes(self) -> range:
+        return range(self.granularity_sms, self.device_sms, self.granularity_sms)
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """``prefill_layer_s``, whatever the shape."""
@@ -88,6 +124,11 @@ class ConstantCost:
         del batch, at, beside
         return np.full(len(kv_tokens), self.decode_step_s), 0
 
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        """The layers of a prefill batch and a decode step, one after the other."""
+        del chunk
+        return self.layers * self.prefill_layer_s + (0.0 if decode is None else self.decode_step_s), False
+
 
 class Misjudged:
     """Another cost model seen by a predictor that errs: for policies that shall not know what the simulation knows.
@@ -98,7 +139,8 @@ class Misjudged:
 
     def __init__(self, cost: CostModel, error: float, seed: int = 0) -> None:
         self._cost, self._error, self._seed = cost, error, seed
-        self.device_sms, self.layers, self.splits = cost.device_sms, cost.layers, cost.splits
+        self.device_sms, self.layers = cost.device_sms, cost.layers
+        self.splits, self.allocations, self.refused = cost.splits, cost.allocations, cost.refused
         self._factors: dict[tuple[int, Allocation], float] = {}
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
@@ -113,6 +155,11 @@ class Misjudged:
         seconds, outside = self._cost.decode_s(batch, kv_tokens, at, beside)
         return seconds * self._factor(1, at), outside
 
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        """See ``CostModel.mixed_s``."""
+        seconds, outside = self._cost.mixed_s(chunk, decode)
+        return seconds * self._factor(2, Allocation(Mode.MIXED, self.device_sms, self.device_sms)), outside
+
     def _factor(self, phase: int, at: Allocation) -> float:
         found = self._factors.get((phase, at))
         if found is None:
@@ -124,98 +171,11 @@ class Misjudged:
 CURVES = 4096
 """Decode curves that a ``TableCost`` keeps, of about 0.5 kB each; the least recently used goes first."""
 
-FLOORS: Mapping[str, float] = {"tokens": 16, "mean_context": 64, "kv_tokens": 256}
-"""Work below which a step takes no less time, since kernels compute whole tiles (docs/profiles.md)."""
-
 FILLS_TOKENS = 2048
 """Prefill tokens that fill every partition for several waves; more of them last longer but contend no more."""
 
-V = TypeVar("V", float, FloatArray)
 P = TypeVar("P")
 K = TypeVar("K", bound=Hashable)
-
-
-class Axis:
-    """The measured values of one variable of a grid, ascending, and how to place a number among them.
-
-    ``log``: weights are linear in the number's logarithm. Beyond the last value is outside the grid. So is below the
-    first, unless the first is at most the variable's floor, below which nothing gets cheaper. ``high``: up to where
-    the last value still holds, if farther than itself.
-    """
-
-    def __init__(self, name: str, values: Sequence[float], *, log: bool = False, high: float = 0.0) -> None:
-        self.name = name
-        self.low = 0.0 if values[0] <= FLOORS.get(name, 0) else values[0]
-        self.high = max(values[-1], high)
-        self._values = tuple(values)
-        self._last = len(values) - 1
-        self._knots = tuple(log2(x) for x in values) if log else self._values
-        self._log = log
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def place(self, x: float) -> tuple[int, tuple[float, ...], bool]:
-        """Index of the first neighbour, the neighbours' weights, and whether x is outside (and clamped)."""
-        values, last = self._values, self._last
-        if last == 0:
-            return 0, (1.0,), not self.low <= x <= self.high
-        if x <= values[0]:
-            return 0, (1.0, 0.0), x < self.low
-        if x >= values[last]:
-            return last - 1, (0.0, 1.0), x > self.high
-        i = bisect_right(values, x) - 1
-        low, high = self._knots[i], self._knots[i + 1]
-        weight = ((log2(x) if self._log else x) - low) / (high - low)
-        return i, (1 - weight, weight), False
-
-
-class Grid(Generic[V]):
-    """Multilinear interpolation between values on a rectangular grid: exact on it, clamped to its edge outside.
-
-    ``values`` are numbers or equally long vectors, in row-major order of ``axes``.
-    """
-
-    def __init__(self, axes: Sequence[Axis], values: Sequence[V]) -> None:
-        self.axes = tuple(axes)
-        self.values: tuple[V, ...] = tuple(values)
-        self._cells: dict[tuple[int, ...], Sequence[V]] = {}  # those looked at, by their first corner's indices
-
-    def at(self, *place: float) -> tuple[V, bool]:
-        """Value at a place, and whether the place is outside the grid."""
-        first, weights, outside = [], [1.0], False
-        for axis, x in zip(self.axes, place, strict=True):
-            i, pair, out = axis.place(x)
-            first.append(i)
-            weights = [a * b for a in weights for b in pair]
-            outside = outside or out
-        key = tuple(first)
-        cell = self._cells.get(key)
-        if cell is None:
-            cell = self._cells[key] = self._cell(key)
-        return self._blend(weights, cell), outside
-
-    def _cell(self, first: tuple[int, ...]) -> Sequence[V]:
-        """Values at the corners of the cell that starts at these indices."""
-        corners = [0]
-        for axis, i in zip(self.axes, first, strict=True):
-            corners = [corner * len(axis) + j for corner in corners for j in (i, i + 1) if j < len(axis)]
-        return [self.values[corner] for corner in corners]
-
-    def _blend(self, weights: Sequence[float], cell: Sequence[V]) -> V:
-        blend: V = sum(map(mul, weights, cell))
-        return blend
-
-
-class VectorGrid(Grid[FloatArray]):
-    """A grid of vectors: the same sums, in one go."""
-
-    def _cell(self, first: tuple[int, ...]) -> Sequence[FloatArray]:
-        return np.array(super()._cell(first))  # type: ignore[return-value]  # shape [corners, knots]
-
-    def _blend(self, weights: Sequence[float], cell: Sequence[FloatArray]) -> FloatArray:
-        blend: FloatArray = np.add.reduce(np.array(weights)[:, np.newaxis] * cell)
-        return blend
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,21 +224,24 @@ class TableCost:
     Solo times are bilinear in (tokens, mean_context) and in (batch, kv_tokens), in the fastest backend measured at each
     point. Beside the other phase a step takes its solo time times a slowdown, which is measured at the same split and
     multilinear in the logarithms of tokens, mean_context, batch and kv_tokens. Between two measured KV token counts, a
-    decode step beside prefill is linear in time. Outside the grid a look-up is clamped to its edge and counted; between
-    two partitions nothing is interpolated.
+    decode step beside prefill is linear in time. A fused step takes what its two parts take alone on the whole device,
+    times a measured factor that is multilinear in the same logarithms. Outside the grid a look-up is clamped to its
+    edge and counted; between two partitions nothing is interpolated.
 
-    Only ``split`` rows of the hybrid table are used. Instances can be pickled.
+    Rows of mode ``streams`` of the hybrid table are not used. Instances can be pickled.
 
     Args:
         prefill: Solo points, milliseconds of one layer; the whole device and every split's partition.
         decode: Likewise.
-        hybrid: Points measured while both phases ran; the splits are those found here.
+        hybrid: Points measured while both phases ran; the allocations are those found here.
+        mixed: Fused batches on the whole device, milliseconds of a step divided by the layers.
         device_sms: SMs of the whole device.
         layers: Layers of a decode step.
         source: Where the points are from, for messages.
 
     Raises:
-        InputError: There is no split, a partition is missing, or a grid lacks a point.
+        InputError: There is no split, a partition is missing, or the grid of a split lacks a point. Where that is so of
+            another mode, the mode is ``refused``.
     """
 
     def __init__(
@@ -286,6 +249,7 @@ class TableCost:
         prefill: Iterable[PrefillPoint],
         decode: Iterable[DecodePoint],
         hybrid: Iterable[HybridPoint],
+        mixed: Iterable[MixedPoint] = (),
         *,
         device_sms: int,
         layers: int,
@@ -301,23 +265,56 @@ class TableCost:
             sms: _decode_curves(points, f"{source}/decode.csv: {sms} SMs")
             for sms, points in _grouped(decode, lambda p: p.sms).items()
         }
-        shared = _grouped((p for p in hybrid if p.mode == "split"), lambda p: (p.prefill_sms, p.decode_sms))
-        if not shared:
-            raise InputError(f"{source}/hybrid.csv: no row of mode split; expected at least one measured split")
-        for table, sizes, measured in (
-            ("prefill.csv", {p for p, _ in shared}, set(self._prefill)),
-            ("decode.csv", {d for _, d in shared}, set(self._decode)),
-        ):
-            for sms in sorted((sizes | {device_sms}) - measured):
-                what = "the whole device" if sms == device_sms else "a split of hybrid.csv"
-                raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, being {what}")
-        self._contention = {
-            Allocation(Mode.SPLIT, p, d): _contention(
-                shared[p, d], self._prefill[p], self._decode[d], f"{source}/hybrid.csv: split {p}/{d}"
-            )
-            for p, d in sorted(shared)
-        }
+        for table, measured in (("prefill.csv", self._prefill), ("decode.csv", self._decode)):
+            if device_sms not in measured:
+                raise InputError(f"{source}/{table}: sms: {device_sms} not found; expected it, being the whole device")
+        by_mode = _grouped(hybrid, lambda p: p.mode)
+        self._contention = self._shared(Mode.SPLIT, by_mode, source)
+        self.refused: dict[Mode, str] = {}
+        for mode in (Mode.CAPPED, Mode.PRIORITY):
+            self._contention |= self._unless_refused(mode, partial(self._shared, mode, by_mode, source)) or {}
+        whole = self._prefill[device_sms], self._decode[device_sms]
+        self._fused = self._unless_refused(Mode.MIXED, lambda: _fused(mixed, *whole, f"{source}/mixed.csv"))
         self._remember()
+
+    def _unless_refused(self, mode: Mode, read: Callable[[], P]) -> P | None:
+        """What is read of a mode, None when that cannot be used."""
+        try:
+            return read()
+        except InputError as error:
+            self.refused[mode] = str(error)
+            return None
+
+    def _shared(
+        self, mode: Mode, by_mode: Mapping[str, Iterable[HybridPoint]], source: str
+    ) -> dict[Allocation, Contention]:
+        """Contention in every allocation of a mode. Raises InputError as the constructor does."""
+        shared = _grouped(by_mode.get(mode.value, ()), lambda p: (p.prefill_sms, p.decode_sms))
+        if not shared:
+            expected = "at least one measured split" if mode is Mode.SPLIT else "some to choose it"
+            raise InputError(f"{source}/hybrid.csv: no row of mode {mode.value}; expected {expected}")
+        found = {}
+        for prefill_sms, decode_sms in sorted(shared):
+            at = Allocation(mode, prefill_sms, decode_sms)
+            name = f"split {at.name}" if mode is Mode.SPLIT else at.name
+            if mode is not Mode.SPLIT and decode_sms != self.device_sms:
+                raise InputError(
+                    f"{source}/hybrid.csv: {name}: decode_sms: found {decode_sms}; expected the whole device, "
+                    f"{self.device_sms}"
+                )
+            for table, measured, sms in (
+                ("prefill.csv", set(self._prefill), prefill_sms),
+                ("decode.csv", set(self._decode), decode_sms),
+            ):
+                if sms not in measured:
+                    raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, for {name} of hybrid.csv")
+            found[at] = _contention(
+                shared[prefill_sms, decode_sms],
+                self._prefill[prefill_sms],
+                self._decode[decode_sms],
+                f"{source}/hybrid.csv: {name}",
+            )
+        return found
 
     def _remember(self) -> None:
         """Keep what was looked up before."""
@@ -335,6 +332,14 @@ class TableCost:
     def splits(self) -> tuple[Allocation, ...]:
         """The measured disjoint splits, by ascending prefill SMs."""
         return tuple(at for at in self._contention if at.mode is Mode.SPLIT)
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        """See ``CostModel.allocations``."""
+        if self._fused is None:
+            return tuple(self._contention)
+        most = int(self._fused.axes[0].high)
+        return (*self._contention, Allocation(Mode.MIXED, self.device_sms, self.device_sms, most))
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one layer, alone or beside a decode batch; see ``CostModel.prefill_s``."""
@@ -356,6 +361,19 @@ class TableCost:
         above = int(np.count_nonzero(kv_tokens > curve.high))
         below = int(np.count_nonzero(kv_tokens < curve.low)) if curve.low > 0 else 0
         return seconds, above + below
+
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        """Seconds of one fused step; see ``CostModel.mixed_s``."""
+        if self._fused is None:
+            raise KeyError(f"fused batches were not measured: {self.refused[Mode.MIXED]}")
+        place = chunk.tokens, chunk.mean_context
+        layer_s, outside = self._prefill[self.device_sms].at(*place)
+        if decode is None:
+            return layer_s * self.layers, outside
+        at = Allocation(Mode.MIXED, self.device_sms, self.device_sms)
+        step_s, beyond = self.decode_s(decode.batch, np.array([decode.kv_tokens]), at, None)
+        factor, also = self._fused.at(*place, decode.batch, decode.kv_tokens)
+        return (layer_s * self.layers + step_s.item(0)) * factor, outside or beyond > 0 or also
 
     def _decode_curve(self, batch: int, at: Allocation, beside: PrefillShape | None) -> Curve:
         solo = _partition(self._decode, at.decode_sms, "decode")
@@ -400,26 +418,11 @@ def _fastest(points: Iterable[P], place: Callable[[P], K], time_ms: Callable[[P]
     return {key: min(same, key=time_ms) for key, same in _grouped(points, place).items()}
 
 
-def _axis_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where: str) -> list[list[int]]:
-    """Values of each variable. Raises InputError unless they are positive and every combination is a place."""
-    found = set(places)
-    values = [sorted({place[i] for place in found}) for i in range(len(names))]
-    for name, measured in zip(names, values, strict=True):
-        if measured[0] < 1:
-            raise InputError(f"{where}: {name}: found {measured[0]}; expected one or more")
-    missing = [place for place in itertools.product(*values) if place not in found]
-    if missing:
-        first = ", ".join(f"{name} {x}" for name, x in zip(names, missing[0], strict=True))
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(f"{where}: no point at {first}{more}; expected every combination of {' and '.join(names)}")
-    return values
-
-
 def _prefill_grid(points: Iterable[PrefillPoint], where: str) -> Grid[float]:
     """Seconds of a layer alone over (tokens, mean_context)."""
     best = _fastest(points, lambda p: (p.tokens, p.mean_context), lambda p: p.median_ms)
     names = ("tokens", "mean_context")
-    values = _axis_values(best, names, where)
+    values = axis_values(best, names, where)
     axes = [Axis(name, v) for name, v in zip(names, values, strict=True)]
     return Grid(axes, [best[t, m].median_ms / 1e3 for t, m in itertools.product(*values)])
 
@@ -427,11 +430,15 @@ def _prefill_grid(points: Iterable[PrefillPoint], where: str) -> Grid[float]:
 def _decode_curves(points: Iterable[DecodePoint], where: str) -> DecodeCurves:
     """Seconds of a layer alone over (batch, kv_tokens)."""
     best = _fastest(points, lambda p: (p.batch, p.kv_tokens), lambda p: p.median_ms)
-    batches, kv = _axis_values(best, ("batch", "kv_tokens"), where)
+    batches, kv = axis_values(best, ("batch", "kv_tokens"), where)
     rows = [np.array([best[b, k].median_ms / 1e3 for k in kv]) for b in batches]
     return DecodeCurves(
         Axis("kv_tokens", kv), np.array(kv, dtype=np.float64), VectorGrid([Axis("batch", batches)], rows)
     )
+
+
+_SHARED = ("tokens", "mean_context", "batch", "kv_tokens")
+"""The axes of what both phases together take."""
 
 
 def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: DecodeCurves, where: str) -> Contention:
@@ -439,10 +446,9 @@ def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: Dec
 
     Where several prefill backends were measured, the row of the fastest counts for both phases.
     """
-    names = ("tokens", "mean_context", "batch", "kv_tokens")
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
-    values = _axis_values(best, names, where)
-    axes = [Axis(name, v, log=True) for name, v in zip(names, values, strict=True)]
+    values = axis_values(best, _SHARED, where)
+    axes = [Axis(name, v, log=True) for name, v in zip(_SHARED, values, strict=True)]
     if values[0][-1] >= FILLS_TOKENS:
         axes[0] = Axis("tokens", values[0], log=True, high=prefill.axes[0].high)
     tokens, contexts, batches, kv = values
@@ -467,6 +473,19 @@ def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: Dec
         low=max(decode.kv.low, axes[3].low),
         high=min(decode.kv.high, axes[3].high),
     )
+
+
+def _fused(points: Iterable[MixedPoint], prefill: Grid[float], decode: DecodeCurves, where: str) -> Grid[float]:
+    """How many times longer a fused step takes than its parts alone, one after the other."""
+    best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.median_ms)
+    if not best:
+        raise InputError(f"{where}: no measured point; expected some to choose fused batches")
+    values = axis_values(best, _SHARED, where)
+    factors = []
+    for t, m, b, k in itertools.product(*values):
+        alone_s = prefill.at(t, m)[0] + np.interp(k, decode.kv_tokens, decode.at_batch.at(b)[0])
+        factors.append(float(best[t, m, b, k].median_ms / 1e3 / alone_s))
+    return Grid([Axis(name, v, log=True) for name, v in zip(_SHARED, values, strict=True)], factors)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from semipd.core import Mode, Run, StepRecord
+from semipd.core import Mode, Phase, Run, StepRecord
 
 
 class Executor(Protocol):
     """Owns time, virtual or wall-clock, and runs what it is given.
 
-    At most one run of each phase is in flight. A run ends by itself (prefill: its layers are done; decode: a
-    sequence finished or ``max_steps`` reached) or at its next step boundary after ``yield_``.
+    At most one run of each phase is in flight, and a fused one only alone. A run ends by itself (prefill: its layers
+    are done; decode: a sequence finished or ``max_steps`` reached; fused: its one step is done) or at its next step
+    boundary after ``yield_``.
     """
 
     def now(self) -> float:
@@ -47,7 +48,8 @@ class Executor(Protocol):
 def check_launch(run: Run, in_flight: Iterable[Run]) -> None:
     """Raises ValueError for a run that must not start beside those in flight, as ``Executor.launch`` says.
 
-    Nor may one without requests or steps, or in ``EXCLUSIVE`` and ``MIXED`` any beside another.
+    Nor may one without requests or steps, in ``EXCLUSIVE`` and ``MIXED`` any beside another, or a fused one of more
+    than one step, without a piece of a prompt or at an allocation of another mode.
     """
     for other in in_flight:
         if other.phase is run.phase:
@@ -59,6 +61,13 @@ def check_launch(run: Run, in_flight: Iterable[Run]) -> None:
             )
         if run.allocation.mode in (Mode.EXCLUSIVE, Mode.MIXED):
             raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} has the whole device")
+    if run.phase is Phase.MIXED and (
+        run.max_steps != 1 or run.decodes >= len(run.requests) or run.allocation.mode is not Mode.MIXED
+    ):
+        raise ValueError(
+            f"mixed run {run.id} at {run.allocation.name}: {run.max_steps} steps, {run.decodes} of {len(run.requests)} "
+            "sequences decode; expected one step, with a piece of a prompt, at mixed"
+        )
     if not run.requests or run.max_steps < 1:
         raise ValueError(
             f"{run.phase.value} run {run.id}: {len(run.requests)} requests, {run.max_steps} steps; "
@@ -80,6 +89,6 @@ def output_left(run: Run) -> tuple[int, ...]:
 
 
 def finished_by_prefill(run: Run) -> tuple[int, ...]:
-    """Ids of the requests whose last token a whole prefill run gives."""
+    """Ids of the requests whose last token a whole prefill or fused run gives."""
     batch = zip(run.requests, run.new_tokens, run.context_lens, run.emits, strict=True)
     return tuple([r.id for r, new, n, emits in batch if emits and n + new >= r.prompt_len + r.output_len - 1])

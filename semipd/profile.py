@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from semipd.core import InputError
+from semipd.core import NO_OVERHEADS, InputError, Overheads
 from semipd.cost import TableCost
-from semipd.sweep import DecodePoint, HybridPoint, Point, PrefillPoint, SweepTable, read_table
+from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, Point, PrefillPoint, SweepTable, read_table
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -21,7 +21,8 @@ class ProfileHeader:
     """What profile.json says.
 
     ``layers`` is how many layers the model has; the tables hold one layer's times. ``kv_bytes_per_token`` counts all
-    layers. The KV cache gets what ``weights_bytes`` leave of ``device_memory_bytes``.
+    layers. The KV cache gets what ``weights_bytes`` leave of ``device_memory_bytes``. ``overheads``: host time that is
+    in no table; none when the file says nothing.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -34,16 +35,18 @@ class ProfileHeader:
     kv_bytes_per_token: Positive
     device_memory_bytes: Positive
     weights_bytes: Annotated[int, Field(ge=0)]
+    overheads: Overheads = NO_OVERHEADS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(ProfileHeader):
-    """A profile: its header, where it lies and its three tables."""
+    """A profile: its header, where it lies and its tables; that of fused batches may be missing."""
 
     folder: Path
     prefill: SweepTable[PrefillPoint]
     decode: SweepTable[DecodePoint]
     hybrid: SweepTable[HybridPoint]
+    mixed: SweepTable[MixedPoint] | None = None
 
     def cost(self) -> TableCost:
         """Cost model of these tables. Raises InputError when a partition or a point of a grid is missing."""
@@ -51,6 +54,7 @@ class Profile(ProfileHeader):
             self.prefill.points,
             self.decode.points,
             self.hybrid.points,
+            self.mixed.points if self.mixed else (),
             device_sms=self.device_sms,
             layers=self.layers,
             source=str(self.folder),
@@ -87,7 +91,9 @@ def load_profile(name: str | Path) -> Profile:
                 f"{folder / 'hybrid.csv'}: row {row}: prefill_sms + decode_sms: found {both}; expected at most the "
                 f"device's {header.device_sms}"
             )
-    return Profile(**asdict(header), folder=folder, prefill=prefill, decode=decode, hybrid=hybrid)
+    mixed = read_table(folder / "mixed.csv", MixedPoint) if (folder / "mixed.csv").exists() else None
+    said = {field.name: getattr(header, field.name) for field in fields(ProfileHeader)}
+    return Profile(**said, folder=folder, prefill=prefill, decode=decode, hybrid=hybrid, mixed=mixed)
 
 
 def _header(path: Path) -> ProfileHeader:
@@ -103,8 +109,10 @@ def _header(path: Path) -> ProfileHeader:
         if first["type"] == "missing":
             raise InputError(f"{path}: {field}: missing; expected a value") from None
         if first["type"] == "unexpected_keyword_argument":
-            names = ", ".join(ProfileHeader.__dataclass_fields__)
+            names = ", ".join(name.name for name in fields(Overheads if len(first["loc"]) > 1 else ProfileHeader))
             raise InputError(f"{path}: {field}: unknown; expected only {names}") from None
+        if first["type"] == "value_error":
+            raise InputError(f"{path}: {field}.{first['ctx']['error']}") from None
         expected = first["msg"].replace("Input should", "expected to")
         raise InputError(f"{path}: {field or 'the whole'}: found {first['input']!r}; {expected}") from None
 

@@ -1,6 +1,6 @@
 """Continuous batching: which requests run next, on which partition, and whether their KV cache fits.
 
-Prefill and decode are batched separately, FCFS. Knobs and preemption by recomputation are vLLM's
+Prefill and decode are batched separately, or fused in ``MIXED``; FCFS. Knobs and preemption by recomputation are vLLM's
 (``vllm/config/scheduler.py``, ``vllm/v1/core/sched/scheduler.py``).
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
-from semipd.core import Allocation, DecodeShape, Load, Mode, Phase, PrefillShape, Request, Run, StepRecord
+from semipd.batch import PrefillBatch, Sequence, next_batch
+from semipd.core import Allocation, DecodeShape, Load, Mode, Phase, Request, Run, StepRecord
 from semipd.kv_cache import BlockManager
 from semipd.policies import Policy
 
@@ -21,7 +22,7 @@ class SchedulerConfig:
     """Limits of batching, under vLLM's names.
 
     ``num_blocks``: KV blocks of ``block_size`` tokens. ``max_num_seqs``: sequences being prefilled or decoded.
-    ``max_num_batched_tokens``: tokens of a prefill batch. ``watermark``: share of the blocks that an admission
+    ``max_num_batched_tokens``: tokens of a prefill or fused batch. ``watermark``: share of the blocks that an admission
     leaves free while sequences decode, so that they are not preempted at once. ``decode_steps``: most steps of a decode
     run; None for as many as its KV blocks allow.
     """
@@ -56,32 +57,6 @@ class Plan:
 NOTHING = Plan()
 
 
-class Sequence:
-    """A request on its way: waiting, being prefilled, then decoding."""
-
-    __slots__ = ("base", "length", "order", "prefilled", "request")
-
-    def __init__(self, request: Request, order: int) -> None:
-        self.request = request
-        self.order = order  # of arrival
-        self.length = request.prompt_len  # tokens to prefill: the prompt, and after a preemption all tokens so far
-        self.prefilled = 0  # of these, cached by batches that have ended
-        self.base = 0  # while decoding: cached tokens less the scheduler's count of decode steps
-
-
-@dataclass(slots=True, eq=False)
-class PrefillBatch:
-    """Sequences whose next tokens go through the layers together; ``layers`` are left."""
-
-    sequences: tuple[Sequence, ...]
-    new_tokens: tuple[int, ...]
-    context_lens: tuple[int, ...]
-    emits: tuple[bool, ...]
-    blocks: int
-    shape: PrefillShape
-    layers: int
-
-
 class Scheduler:
     """Decides what runs, and never looks at an output length (law 7): executors report what has finished.
 
@@ -92,8 +67,15 @@ class Scheduler:
     all their tokens. So a decode run of many steps takes blocks just when single steps would, and admission
     sees the same free blocks (law 10).
 
-    Modes: ``SPLIT`` (both phases, each on its partition) and ``EXCLUSIVE`` (one phase at a time, prefill first). A
-    change of allocation drains: both phases yield, and the first to end waits for the other.
+    ``SPLIT``, ``CAPPED`` and ``PRIORITY``: both phases have a run in flight whenever they have work.
+    ``EXCLUSIVE``: one at a time; ``first`` has its turn while it has work, which for prefill is a batch that fits and
+    for decode a sequence.
+    ``MIXED``: while prompts wait that fit, each step is one fused run: a token for every decoding sequence, and of the
+    prompts as many as the rest of ``chunk_tokens`` allows. Else decode goes on by itself. That is the chunked prefill
+    of Sarathi-Serve (arXiv 2403.02310) and of vLLM's v1 engine.
+
+    A change of allocation drains: both phases yield, and the first to end waits for the other. A batch stopped between
+    two layers is finished as a prefill run whatever the new mode, ``MIXED`` included.
 
     Args:
         config: Limits.
@@ -128,8 +110,7 @@ class Scheduler:
         self._base_sum = 0  # of _decoding
         self._joining: list[Sequence] = []  # decode from the next boundary on
 
-        self._prefill_run: Run | None = None  # in flight
-        self._decode_run: Run | None = None
+        self._in_flight: dict[Phase, Run] = {}
         self._yielding: set[int] = set()
         self._steps = 0  # decode steps of all runs that have ended
         self._done = 0  # steps of the decode run in flight
@@ -153,7 +134,7 @@ class Scheduler:
     @property
     def draining(self) -> bool:
         """Whether runs in flight are being ended for a new allocation."""
-        return (self._prefill_run or self._decode_run) is not None and self._target != self._current
+        return bool(self._in_flight) and self._target != self._current
 
     def has_unfinished(self) -> bool:
         """Whether a request was added that is neither finished nor dropped."""
@@ -183,26 +164,23 @@ class Scheduler:
             now_s: The executor's time.
             steps_done: Steps that a run in flight has completed by now, by the run's id.
         """
-        if self._drains:
+        if self._drains or Phase.MIXED in self._in_flight:  # which is one step
             return NOTHING
-        decode = self._decode_run
+        decode = self._in_flight.get(Phase.DECODE)
         if decode is None:
             self._make_room()
         elif self._joining and decode.id not in self._yielding:
             return self._yield(decode)
         else:
             self._follow(decode, steps_done(decode.id))
-        batch = self._batch
-        if batch is None and (self._waiting or self._partial is not None):
-            batch = self._next_batch()
+        batch = self._next_batch()
         if batch is None and not self._decoding:
             return NOTHING
-        target = self._decide(now_s, batch)
+        target, batch = self._decide(now_s, batch)
         if target is not self._current and target != self._current:
-            in_flight = [run for run in (self._prefill_run, decode) if run is not None]
-            if in_flight:
+            if self._in_flight:
                 self._drains = True
-                return self._yield(*in_flight)
+                return self._yield(*self._in_flight.values())
             self.switches += self._current is not None
             self._current = target
             if target.mode is Mode.SPLIT:
@@ -212,19 +190,21 @@ class Scheduler:
     def complete(self, record: StepRecord) -> None:
         """Take note of a run that ended. Raises ValueError for one that was not in flight."""
         self._drains = False
-        run = record.run
-        decodes = run.phase is Phase.DECODE
-        launched = self._decode_run if decodes else self._prefill_run
+        run, phase = record.run, record.run.phase
+        launched = self._in_flight.get(phase)
         if launched is None or launched.id != run.id:
-            raise ValueError(f"{run.phase.value} run {run.id} is not in flight")
+            raise ValueError(f"{phase.value} run {run.id} is not in flight")
+        del self._in_flight[phase]
         self._yielding.discard(run.id)
-        if decodes:
-            self._decode_run = None
+        if phase is Phase.DECODE or run.decodes:
             self._complete_decode(record)
-        else:
-            self._prefill_run = None
-            if self._batch is not None:
-                self._complete_prefill(self._batch, record)
+        if phase is not Phase.DECODE and self._batch is not None:
+            self._batch.layers -= record.steps if phase is Phase.PREFILL else self._layers
+            if not self._batch.layers:
+                self._complete_batch(self._batch, record)
+        for request_id in record.finished:
+            del self._live[request_id]
+            self.blocks.release(request_id)
 
     def _complete_decode(self, record: StepRecord) -> None:
         steps = record.steps
@@ -233,15 +213,12 @@ class Scheduler:
         self._ahead = self._done = 0
         if record.finished:
             gone = {id(self._live[request_id]) for request_id in record.finished}
-            self._decoding = [sequence for sequence in self._decoding if id(sequence) not in gone]
-            self._base_sum = sum([sequence.base for sequence in self._decoding])
-            self._finish(record.finished)
-            self._decode_changed = True
+            left = [sequence for sequence in self._decoding if id(sequence) not in gone]
+            self._decode_changed = self._decode_changed or len(left) < len(self._decoding)
+            self._decoding = left
+            self._base_sum = sum([sequence.base for sequence in left])
 
-    def _complete_prefill(self, batch: PrefillBatch, record: StepRecord) -> None:
-        batch.layers -= record.steps
-        if batch.layers:
-            return
+    def _complete_batch(self, batch: PrefillBatch, record: StepRecord) -> None:
         self._batch = None
         finished = set(record.finished)
         for sequence, new_tokens, emits in zip(batch.sequences, batch.new_tokens, batch.emits, strict=True):
@@ -251,12 +228,6 @@ class Scheduler:
             elif sequence.request.id not in finished:
                 self._joining.append(sequence)
                 self._decode_changed = True
-        self._finish(record.finished)
-
-    def _finish(self, request_ids: tuple[int, ...]) -> None:
-        for request_id in request_ids:
-            del self._live[request_id]
-            self.blocks.release(request_id)
 
     def _make_room(self) -> None:
         """With no decode run in flight: take in who joins and make room for everyone's next token."""
@@ -306,40 +277,33 @@ class Scheduler:
             self._ahead = ahead
 
     def _next_batch(self) -> PrefillBatch | None:
-        """The prefill batch that could start now, of those that wait; nothing is taken yet."""
+        """The batch in flight or stopped, else what could start now as the policy last said; nothing is taken yet."""
+        if self._batch is not None or not (self._waiting or self._partial):
+            return self._batch
         decoding = len(self._decoding) + len(self._joining)
-        free = self.blocks.free - (self._watermark_blocks if decoding else 0)
-        places = self.config.max_num_seqs - decoding
-        budget = self.config.max_num_batched_tokens
-        sequences: list[Sequence] = []
-        new_tokens: list[int] = []
-        contexts: list[int] = []
-        emits: list[bool] = []
-        blocks, pairs, blocks_of = 0, 0.0, self.blocks.blocks
-        for sequence in self._waiting if self._partial is None else chain((self._partial,), self._waiting):
-            done = sequence.prefilled
-            tokens = min(sequence.length - done, budget)
-            blocks_after = blocks + blocks_of(done + tokens) - blocks_of(done)
-            if tokens == 0 or len(sequences) == places or blocks_after > free:
-                break
-            sequences.append(sequence)
-            new_tokens.append(tokens)
-            contexts.append(done)
-            emits.append(done + tokens == sequence.length)
-            blocks = blocks_after
-            pairs += tokens * (done + tokens / 2)
-            budget -= tokens
-        if not sequences:
-            return None
-        shape = PrefillShape(sum(new_tokens), pairs)
-        return PrefillBatch(
-            tuple(sequences), tuple(new_tokens), tuple(contexts), tuple(emits), blocks, shape, self._layers
+        return next_batch(
+            chain((self._partial,), self._waiting) if self._partial else self._waiting,
+            tokens=self._prompt_tokens(),
+            places=self.config.max_num_seqs - decoding,
+            free=self.blocks.free - (self._watermark_blocks if decoding else 0),
+            blocks_of=self.blocks.blocks,
+            layers=self._layers,
         )
 
-    def _decide(self, now_s: float, batch: PrefillBatch | None) -> Allocation:
+    def _prompt_tokens(self) -> int:
+        """Most prompt tokens that the policy's last answer lets into a batch now."""
+        at, most = self._target, self.config.max_num_batched_tokens
+        decoding = len(self._decoding) + len(self._joining)
+        if at is not None and at.mode is Mode.MIXED:
+            return min(at.chunk_tokens, most) - decoding
+        waits = decoding and at is not None and at.mode is Mode.EXCLUSIVE and at.first is Phase.DECODE
+        return 0 if waits else most
+
+    def _decide(self, now_s: float, batch: PrefillBatch | None) -> tuple[Allocation, PrefillBatch | None]:
         """The policy's answer, asked for when a batch is about to start or who is busy or decoding has changed.
 
-        A switch for a batch takes a while; it is not called off because the load is another one by then.
+        And the batch that could start under it. A switch for a batch takes a while; it is not called off because the
+        load is another one by then.
         """
         busy = (batch is not None, bool(self._decoding or self._joining))
         starts = batch is not None and batch is not self._batch
@@ -356,13 +320,15 @@ class Scheduler:
                 kv_free_share=self.blocks.free / self.blocks.num_blocks,
                 split=self._split,
             )
-            target = self.policy.decide(load)
+            target, tokens = self.policy.decide(load), self._prompt_tokens()
             if target is not self._target:
                 self._target = self._checked(target)
+                if self._prompt_tokens() != tokens:
+                    batch = self._next_batch()
             self._decode_changed = False
-            self._start_asked = starts
-            self._busy = busy
-        return self._target
+            self._start_asked = batch is not None and batch is not self._batch
+            self._busy = (batch is not None, busy[1])
+        return self._target, batch
 
     def _decode_shape(self) -> DecodeShape | None:
         """The batch in its next step, in which each sequence's newest token attends to itself, too."""
@@ -378,36 +344,37 @@ class Scheduler:
         return tuple([sequence.base + steps for sequence in self._decoding])
 
     def _checked(self, target: Allocation) -> Allocation:
-        """Raises ValueError for an allocation that this scheduler cannot carry out on this device."""
-        sms = (
-            target.prefill_sms + target.decode_sms
-            if target.mode is Mode.SPLIT
-            else max(target.prefill_sms, target.decode_sms)
-        )
-        if target.mode not in (Mode.SPLIT, Mode.EXCLUSIVE) or sms > self._device_sms:
+        """Raises ValueError for an allocation that cannot be carried out on this device (law 4)."""
+        shares = target.prefill_sms, target.decode_sms
+        sms = sum(shares) if target.mode is Mode.SPLIT else max(shares)
+        if sms > self._device_sms or (target.mode is Mode.MIXED and target.chunk_tokens < 1):
             raise ValueError(
-                f"policy {self.policy.name} chose {target}; expected split or exclusive on {self._device_sms} SMs"
+                f"policy {self.policy.name} chose {target}; expected at most {self._device_sms} SMs, and a fused batch "
+                "of at least one token"
             )
         return target
 
     def _launch(self, at: Allocation, batch: PrefillBatch | None) -> Plan:
         """Start what the allocation allows and is not in flight, decode first."""
-        decode = self._decode_run
-        if at.mode is Mode.EXCLUSIVE and batch is not None and decode is not None:
+        decode, alone = self._in_flight.get(Phase.DECODE), at.mode in (Mode.EXCLUSIVE, Mode.MIXED)
+        if alone and at.first is Phase.DECODE and self._decoding:
+            batch = None  # it was stopped in another mode, and waits
+        if alone and batch is not None and decode is not None:
             return self._yield(decode)
-        starts_prefill = batch is not None and self._prefill_run is None
+        starts_prefill = batch is not None and Phase.PREFILL not in self._in_flight
         if batch is not None and starts_prefill and batch is not self._batch:
             if decode is not None and decode.id not in self._yielding and not self._fits(decode, batch):
                 return self._yield(decode)  # goes on from its next boundary with the steps that fit beside the batch
             self._admit(batch)
+            if at.mode is Mode.MIXED:
+                decoding = tuple([sequence.request for sequence in self._decoding])
+                return self._start(batch.fused(self._run_id(), at, decoding, self._context_lens()))
         launches: list[Run] = []
-        if self._decoding and decode is None and (at.mode is Mode.SPLIT or batch is None):
-            self._decode_run = self._new_decode_run(at)
-            launches.append(self._decode_run)
+        if self._decoding and decode is None and not (alone and batch is not None):
+            launches.append(self._new_decode_run(at))
         if batch is not None and starts_prefill:
-            self._prefill_run = self._new_prefill_run(at, batch)
-            launches.append(self._prefill_run)
-        return Plan((), tuple(launches)) if launches else NOTHING
+            launches.append(batch.run(self._run_id(), at))
+        return self._start(*launches)
 
     def _fits(self, decode: Run, batch: PrefillBatch) -> bool:
         """Whether the decode run in flight can still reach its last step once the batch has its blocks."""
@@ -432,12 +399,10 @@ class Scheduler:
         ones = (1,) * len(requests)
         return Run(self._run_id(), Phase.DECODE, requests, ones, self._context_lens(), at.decode_sms, max_steps, at)
 
-    def _new_prefill_run(self, at: Allocation, batch: PrefillBatch) -> Run:
-        requests = tuple([sequence.request for sequence in batch.sequences])
-        return Run(
-            self._run_id(), Phase.PREFILL, requests, batch.new_tokens, batch.context_lens, at.prefill_sms,
-            batch.layers, at, batch.emits,
-        )  # fmt: skip
+    def _start(self, *runs: Run) -> Plan:
+        for run in runs:
+            self._in_flight[run.phase] = run
+        return Plan((), runs) if runs else NOTHING
 
     def _run_id(self) -> int:
         self._next_run += 1

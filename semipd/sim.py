@@ -12,7 +12,17 @@ from typing import Generic, TypeVar
 import numpy as np
 import simpy
 
-from semipd.core import DecodeShape, FloatArray, Phase, PrefillShape, Run, StepRecord
+from semipd.core import (
+    NO_OVERHEADS,
+    Allocation,
+    DecodeShape,
+    FloatArray,
+    Overheads,
+    Phase,
+    PrefillShape,
+    Run,
+    StepRecord,
+)
 from semipd.cost import CostModel
 from semipd.executor import check_launch, finished_by_prefill, output_left
 
@@ -32,7 +42,8 @@ class SimExecutor:
     (from 0) of a decode run reads ``sum(context_lens) + batch * (i + 1)`` KV tokens: what is cached, with the
     token that each sequence processes in this step, which attends to itself. A decode run ends with the
     first step that gives a sequence its last token. A sequence of n cached tokens has n - prompt_len + 1 tokens of
-    output. A prefill run gives its ``emits`` their token when all ``max_steps`` layers are done.
+    output. A prefill run gives its ``emits`` their token when all ``max_steps`` layers are done. A fused run is one
+    step and costs ``cost.mixed_s``.
 
     **Contention.** A step has its solo price while no run of the other phase is in flight, and the price beside the
     other's batch while one is. When that changes within a step, the share of its work that is left goes on
@@ -49,15 +60,26 @@ class SimExecutor:
 
     **Look-ups** are counted by the steps that were worked on at a price; a step that was re-timed counts for each.
 
-    In ``EXCLUSIVE`` mode one phase at a time has the device: ``launch`` refuses a second run.
+    **Overheads.** The first step of a run begins ``overheads.start_s`` after its launch, or at once when the run is the
+    plain continuation of its predecessor; what is launched at another allocation than the last one, and until
+    ``switch_ms`` later, begins no earlier than that. A run counts as in flight from its launch.
+
+    In ``EXCLUSIVE`` and ``MIXED`` one run at a time has the device: ``launch`` refuses a second one.
+
+    Args:
+        cost: What steps cost.
+        overheads: What starting runs and changing the allocation costs besides; nothing by default.
     """
 
-    def __init__(self, cost: CostModel) -> None:
+    def __init__(self, cost: CostModel, overheads: Overheads = NO_OVERHEADS) -> None:
         self._cost = cost
+        self._overheads = overheads
+        self._switched_s = 0.0  # until when the last change of allocation lasts
+        self._allocation: Allocation | None = None  # of the last launch
         self._env = simpy.Environment()
         # simpy adds delays to its clock, which rounds. It orders the events; this is the exact time.
         self._now_s = 0.0
-        self._prefill: PrefillFlight | None = None
+        self._prefill: PrefillFlight | None = None  # or the fused run
         self._decode: DecodeFlight | None = None
         self._last_prefill: StepRecord | None = None
         self._last_decode: StepRecord | None = None
@@ -74,18 +96,23 @@ class SimExecutor:
     def launch(self, run: Run) -> None:
         """Start a run now.
 
-        Raises ValueError when a run of the same phase is in flight, one of another allocation, or in ``EXCLUSIVE``
-        any other; and for a run without requests or steps or with a sequence that has all its output.
+        Raises ValueError as ``Executor.launch`` does, and for a sequence that has all its output.
         """
         check_launch(run, [flight.run for flight in (self._prefill, self._decode) if flight is not None])
         flight: PrefillFlight | DecodeFlight
-        if run.phase is Phase.PREFILL:
-            flight, last = PrefillFlight(run, self._now_s), self._last_prefill
-            self._prefill = flight
-        else:
+        if run.phase is Phase.DECODE:
             flight, last = DecodeFlight(run, self._now_s), self._last_decode
             self._decode = flight
-        self._look = self._look or last is None or not flight.continues(last)
+        else:
+            flight = (MixedFlight if run.phase is Phase.MIXED else PrefillFlight)(run, self._now_s)
+            self._prefill, last = flight, self._last_prefill
+        continues = last is not None and flight.continues(last)
+        if self._allocation is not None and run.allocation != self._allocation:
+            self._switched_s = self._now_s + self._overheads.switch_ms / 1e3
+        self._allocation = run.allocation
+        start_s = 0.0 if continues else self._overheads.start_s(run.phase)
+        flight.begin_s = max(self._now_s, self._switched_s) + start_s
+        self._look = self._look or not continues
         self._changed = True
 
     def yield_(self, run_id: int) -> None:
@@ -178,14 +205,15 @@ class Flight(ABC, Generic[Other]):
     """A run in flight: the boundaries it has reached, and when it will reach the others at the present prices.
 
     A *stretch* is a time over which prices hold; it may start within a step. ``priced_to_s`` is the last boundary
-    known, and ``end_s`` the end of the run, infinite while that is further than was priced.
+    known, and ``end_s`` the end of the run, infinite while that is further than was priced. ``begin_s``: when the first
+    step begins.
     """
 
     def __init__(self, run: Run, now_s: float, steps: int) -> None:
         self.run = run
         self.end_s = math.inf
         self.priced_to_s = -math.inf
-        self._start_s = now_s
+        self._start_s = self.begin_s = now_s
         self._steps = steps  # at which the run ends
         self._past: list[FloatArray] = []  # boundaries in earlier stretches
         self._done = 0  # how many these are
@@ -226,7 +254,7 @@ class Flight(ABC, Generic[Other]):
         steps = min(self._steps - self._done, STRETCH_STEPS)
         seconds, self._outside = self.price(cost, self._done, steps, beside)
         times = seconds.astype(np.float64)  # a copy
-        times[0] = now_s + self._rest * seconds.item(0)
+        times[0] = max(now_s, self.begin_s) + self._rest * seconds.item(0)
         # Added up one by one, as runs of single steps would be: equal to the last bit.
         self._ends = np.add.accumulate(times)
         self._seconds = seconds
@@ -264,7 +292,7 @@ class Flight(ABC, Generic[Other]):
         reached = self._ends[:done]
         if done:
             self._last_s = reached.item(-1)
-        within = now_s > self._last_s
+        within = now_s > max(self._last_s, self.begin_s)
         self._rest = (self._ends.item(done) - now_s) / self._seconds.item(done) if within else 1.0
         self._count(cost, done + within)
         self._past.append(reached)
@@ -307,6 +335,17 @@ class PrefillFlight(Flight[DecodeShape]):
     def finished(self, steps: int) -> tuple[int, ...]:
         """Requests whose prompt is complete and whose output is with one token more."""
         return () if steps < self.run.max_steps else finished_by_prefill(self.run)
+
+
+class MixedFlight(PrefillFlight):
+    """A fused step, which has the device for itself."""
+
+    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[FloatArray, int]:
+        """The one step, all layers."""
+        del first, beside
+        decode = self.run.decode_shape if self.run.decodes else None
+        seconds, outside = cost.mixed_s(self.shape, decode)
+        return np.full(steps, seconds), steps * outside
 
 
 class DecodeFlight(Flight[PrefillShape]):

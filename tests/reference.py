@@ -11,10 +11,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 
-from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Load, Mode, PrefillShape, Request
+from semipd.core import (
+    NO_OVERHEADS,
+    Allocation,
+    DecodeShape,
+    FloatArray,
+    IntArray,
+    Load,
+    Mode,
+    Overheads,
+    Phase,
+    PrefillShape,
+    Request,
+)
 from semipd.cost import CostModel
 from semipd.policies import Policy
 from semipd.scheduler import SchedulerConfig
@@ -29,11 +42,19 @@ class BucketCost:
 
     layers: int
     device_sms: int = 32
+    refused: ClassVar[dict[Mode, str]] = {}
 
     @property
     def splits(self) -> tuple[Allocation, ...]:
         """Three splits."""
         return tuple(Allocation(Mode.SPLIT, n, self.device_sms - n) for n in (8, 16, 24))
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        """The splits, two capped ones, priority, and fused batches of up to 16 tokens."""
+        sms = self.device_sms
+        capped = (Allocation(Mode.CAPPED, n, sms) for n in (8, 24))
+        return (*self.splits, *capped, Allocation(Mode.PRIORITY, sms, sms), Allocation(Mode.MIXED, sms, sms, 16))
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """By the tokens' bit length; twice as long beside a large decode batch."""
@@ -48,6 +69,16 @@ class BucketCost:
         slower = 1.0 if beside is None else 4.0 if beside.tokens > 6 else 2.0
         on_partition = {8: 0.5, 16: 0.25, 24: 0.25, 32: 0.125}[at.decode_sms] * (2.0 if batch > 2 else 1.0)
         return np.array([on_partition * slower * 2.0 ** (int(k) // 16) for k in kv_tokens]), 0
+
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        """By the bit lengths of the chunk's tokens and pairs and of the decode batch's KV tokens."""
+        beside = 1 if decode is None else (decode.batch + decode.kv_tokens).bit_length()
+        return 2.0 ** (chunk.tokens.bit_length() + int(chunk.pairs).bit_length() // 2 + beside - 6), False
+
+
+def ms(time: float) -> Fraction:
+    """Milliseconds as exact seconds."""
+    return Fraction(time) / 1000
 
 
 @dataclass(eq=False)
@@ -73,10 +104,21 @@ class Batch:
 
 @dataclass
 class Stage:
-    """A layer or a decode step in progress: the share of it that is left, and its price now."""
+    """A layer, a decode step or a fused step in progress: the time until it begins, the share of it that is left, and its
+    price now.
+    """
 
-    left: Fraction
-    price: Fraction
+    delay: Fraction
+    left: Fraction = Fraction(1)
+    price: Fraction = Fraction(1)
+
+    def ends_in(self) -> Fraction:
+        return self.delay + self.left * self.price
+
+    def pass_by(self, time: Fraction) -> None:
+        idle = min(self.delay, time)
+        self.delay -= idle
+        self.left -= (time - idle) / self.price
 
 
 @dataclass
@@ -93,8 +135,15 @@ class Outcome:
 class Reference:
     """See the module."""
 
-    def __init__(self, config: SchedulerConfig, policy: Policy, cost: CostModel, requests: Iterable[Request]) -> None:
-        self.config, self.policy, self.cost = config, policy, cost
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        cost: CostModel,
+        requests: Iterable[Request],
+        overheads: Overheads = NO_OVERHEADS,
+    ) -> None:
+        self.config, self.policy, self.cost, self.overheads = config, policy, cost, overheads
         self.now = Fraction(0)
         self.arrivals = list(requests)
         self.jobs: list[Job] = []
@@ -105,6 +154,7 @@ class Reference:
         self.joining: list[Job] = []
         self.layer: Stage | None = None
         self.step: Stage | None = None
+        self.fused: Stage | None = None  # of the batch and of now_decoding
         self.now_decoding: list[Job] = []  # whom the step in progress, or the last one, is for
         self.current: Allocation | None = None
         self.last_split: Allocation | None = None
@@ -115,6 +165,8 @@ class Reference:
         self.seen_prefill: PrefillShape | None = None
         self.last_step: tuple[object, ...] = ()  # when the last one ended, where it ran, and whom for
         self.last_layer: tuple[object, ...] = ()
+        self.ran_at: Allocation | None = None  # the last that began
+        self.switched = Fraction(0)  # until when nothing begins
         self.dropped: list[int] = []
         self.preemptions = self.switches = self.kv_peak = 0
 
@@ -135,22 +187,26 @@ class Reference:
         """Act on this instant, then go to the next one; False when there is none."""
         self.arrive()
         self.act()
-        ends = [self.now + stage.left * stage.price for stage in (self.layer, self.step) if stage]
+        stages = [stage for stage in (self.layer, self.step, self.fused) if stage]
+        ends = [self.now + stage.ends_in() for stage in stages]
         if self.arrivals:
             ends.append(max(self.now, Fraction(self.arrivals[0].arrival_s)))
         if not ends:
             return False
         then = min(ends)
-        for stage in (self.layer, self.step):
-            if stage:
-                stage.left -= (then - self.now) / stage.price
+        for stage in stages:
+            stage.pass_by(then - self.now)
         self.now = then
         step_over = self.step is not None and self.step.left == 0
         layer_over = self.layer is not None and self.layer.left == 0
-        if step_over:
+        fused_over = self.fused is not None and self.fused.left == 0
+        if step_over or (fused_over and self.now_decoding):
             self.end_step()
         if layer_over:
             self.end_layer()
+        if fused_over:
+            self.fused = None
+            self.end_batch()
         return True
 
     def arrive(self) -> None:
@@ -164,8 +220,8 @@ class Reference:
                 self.waiting.append(job)
 
     def end_step(self) -> None:
+        self.last_step = (self.now, self.current, list(self.now_decoding)) if self.step else ()
         self.step = None
-        self.last_step = (self.now, self.current, list(self.now_decoding))
         for job in self.now_decoding:
             job.cached += 1
             self.emit(job)
@@ -177,8 +233,12 @@ class Reference:
         assert batch
         batch.layers_left -= 1
         self.last_layer = (self.now, self.current, batch)
-        if batch.layers_left:
-            return
+        if not batch.layers_left:
+            self.end_batch()
+
+    def end_batch(self) -> None:
+        batch = self.batch
+        assert batch
         self.batch = None
         for job, new in zip(batch.jobs, batch.new, strict=True):
             job.cached += new
@@ -211,6 +271,8 @@ class Reference:
     # decisions
 
     def act(self) -> None:
+        if self.fused:
+            return  # it is one step, and alone
         if self.step is None:
             self.decoding += self.joining
             self.joining = []
@@ -218,7 +280,7 @@ class Reference:
         batch = self.batch or self.candidate()
         if not batch and not self.decoding:
             return
-        target = self.decide(batch)
+        target, batch = self.decide(batch)
         if target != self.current:
             if self.step or self.layer:
                 self.start(False, False)
@@ -227,13 +289,28 @@ class Reference:
             self.current = target
             if target.mode is Mode.SPLIT:
                 self.last_split = target
-        alone = target.mode is Mode.EXCLUSIVE
-        starts_step = self.step is None and bool(self.decoding) and not (alone and batch)
-        starts_layer = self.layer is None and batch is not None and not (alone and self.step is not None)
+        alone = target.mode in (Mode.EXCLUSIVE, Mode.MIXED)
+        turn = Phase.PREFILL if batch and not (target.first is Phase.DECODE and self.decoding) else Phase.DECODE
+        starts_step = self.step is None and bool(self.decoding) and not (alone and turn is Phase.PREFILL)
+        starts_layer = self.layer is None and batch is not None
+        starts_layer &= not (alone and (turn is Phase.DECODE or self.step is not None))
+        fuses = starts_layer and target.mode is Mode.MIXED and batch is not self.batch
         if starts_layer and batch is not self.batch:
             assert batch
             self.admit(batch)
-        self.start(starts_step, starts_layer)
+        if fuses:
+            self.fuse()
+        else:
+            self.start(starts_step, starts_layer)
+
+    def tokens_wanted(self) -> int:
+        """Most new tokens of a prompt batch, as the policy last said."""
+        most, running = self.config.max_num_batched_tokens, len(self.decoding + self.joining)
+        if self.target and self.target.mode is Mode.MIXED:
+            return min(most, self.target.chunk_tokens) - running
+        if self.target and self.target.mode is Mode.EXCLUSIVE and self.target.first is Phase.DECODE and running:
+            return 0
+        return most
 
     def make_room(self) -> None:
         """Room for the next token of all that decode; else the latest arrivals give way."""
@@ -264,9 +341,9 @@ class Reference:
         jobs: list[Job] = []
         new: list[int] = []
         for job in ([self.cut] if self.cut else []) + self.waiting:
-            tokens = min(job.to_prefill - job.cached, self.config.max_num_batched_tokens - sum(new))
+            tokens = min(job.to_prefill - job.cached, self.tokens_wanted() - sum(new))
             left -= self.blocks(job.cached + tokens) - self.blocks(job.room)
-            if tokens == 0 or left < 0 or running + len(jobs) == self.config.max_num_seqs:
+            if tokens <= 0 or left < 0 or running + len(jobs) == self.config.max_num_seqs:
                 break
             jobs.append(job)
             new.append(tokens)
@@ -290,9 +367,13 @@ class Reference:
         jobs = self.decoding + self.joining
         return DecodeShape(len(jobs), sum(job.cached + 1 for job in jobs)) if jobs else None
 
-    def decide(self, batch: Batch | None) -> Allocation:
-        """Ask the policy once before a batch starts, and when who decodes or who is busy is not as last time."""
-        busy = (batch is not None, {id(job) for job in self.decoding + self.joining})
+    def decide(self, batch: Batch | None) -> tuple[Allocation, Batch | None]:
+        """Ask the policy once before a batch starts, and when who decodes or who is busy is not as last time.
+
+        Its answer may let other prompts start than the last one did.
+        """
+        decoding = {id(job) for job in self.decoding + self.joining}
+        busy = (batch is not None, decoding)
         starts = batch is not None and batch is not self.batch
         if self.target is None or (starts and not self.asked_for_next_batch) or busy != self.asked_for:
             queue = ([self.cut] if self.cut else []) + self.waiting
@@ -310,10 +391,34 @@ class Reference:
                 split=self.last_split,
             )
             self.target = self.policy.decide(load)
-            self.asked_for, self.asked_for_next_batch = busy, starts
-        return self.target
+            batch = self.batch or self.candidate()
+            self.asked_for = (batch is not None, decoding)
+            self.asked_for_next_batch = batch is not None and batch is not self.batch
+        return self.target, batch
 
     # prices
+
+    def stage(self, phase: Phase, goes_on: bool) -> Stage:
+        """What begins now, when it does: later after a switch, and later unless it goes on with what was."""
+        if self.current != self.ran_at and self.ran_at:
+            self.switched = self.now + ms(self.overheads.switch_ms)
+        self.ran_at = self.current
+        start_ms = {
+            Phase.PREFILL: self.overheads.prefill_start_ms,
+            Phase.DECODE: self.overheads.decode_start_ms,
+            Phase.MIXED: self.overheads.mixed_start_ms,
+        }
+        launch = ms(start_ms[phase])
+        return Stage(max(Fraction(0), self.switched - self.now) + (0 if goes_on else launch))
+
+    def fuse(self) -> None:
+        """Begin a fused step of all that decode and the batch."""
+        assert self.batch
+        self.now_decoding = list(self.decoding)
+        kv_tokens = sum(job.cached + 1 for job in self.now_decoding)
+        decode = DecodeShape(len(self.now_decoding), kv_tokens) if self.now_decoding else None
+        self.fused = self.stage(Phase.MIXED, False)
+        self.fused.price = Fraction(self.cost.mixed_s(self.batch.shape, decode)[0])
 
     def start(self, starts_step: bool, starts_layer: bool) -> None:
         """Begin a step or a layer or both; and whatever is in progress goes on at today's price.
@@ -323,12 +428,14 @@ class Reference:
         """
         news = False
         if starts_step:
-            news |= self.last_step != (self.now, self.current, self.decoding)
+            goes_on = self.last_step == (self.now, self.current, self.decoding)
+            news |= not goes_on
             self.now_decoding = list(self.decoding)
-            self.step = Stage(Fraction(1), Fraction(1))
+            self.step = self.stage(Phase.DECODE, goes_on)
         if starts_layer:
-            news |= self.last_layer != (self.now, self.current, self.batch)
-            self.layer = Stage(Fraction(1), Fraction(1))
+            goes_on = self.last_layer == (self.now, self.current, self.batch)
+            news |= not goes_on
+            self.layer = self.stage(Phase.PREFILL, goes_on)
         kv_tokens = sum(job.cached + 1 for job in self.now_decoding)
         if news:
             self.seen_decode = DecodeShape(len(self.now_decoding), kv_tokens) if self.step else None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -15,14 +16,50 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import BucketCost, Reference
 
-from semipd.core import Mode, Phase, Request, Run, Slo, StepRecord
+from semipd.core import NO_OVERHEADS, Allocation, Load, Mode, Overheads, Phase, Request, Run, Slo, StepRecord
 from semipd.cost import ConstantCost, CostModel
 from semipd.driver import replay
-from semipd.policies import make_policy
+from semipd.policies import Policy, make_policy, whole_device
 from semipd.scheduler import Plan, Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor
 
-POLICIES = ("exclusive", "static-8", "static-16", "static-24", "adaptive")
+POLICIES = (
+    "exclusive",
+    "exclusive-decode",
+    "static-8",
+    "static-16",
+    "static-24",
+    "capped-8",
+    "capped-24",
+    "priority",
+    "chunked-1",
+    "chunked-3",
+    "chunked-6",
+    "chunked-16",
+    "adaptive",
+    "restless",
+)
+
+
+class Restless:
+    """Any mode at any load: changes its mind as often as it is asked."""
+
+    name = "restless"
+
+    def __init__(self, cost: CostModel) -> None:
+        sms = cost.device_sms
+        chunks = (Allocation(Mode.MIXED, sms, sms, n) for n in (2, 5))
+        self.choices = (whole_device(sms), whole_device(sms, Phase.DECODE), *cost.allocations, *chunks)
+
+    def decide(self, load: Load) -> Allocation:
+        seen = (load.waiting_tokens, load.decode and (load.decode.batch, load.decode.kv_tokens), load.prefill)
+        return self.choices[crc32(repr(seen).encode()) % len(self.choices)]
+
+
+NONE_OR_SOME = (
+    NO_OVERHEADS,
+    Overheads(prefill_start_ms=125.0, decode_start_ms=62.5, mixed_start_ms=250.0, switch_ms=500.0),
+)
 
 
 @dataclass(frozen=True)
@@ -34,15 +71,21 @@ class Scenario:
     cost: CostModel
     policy: str
     slo: Slo
+    overheads: Overheads = NO_OVERHEADS
+
+    def make_policy(self) -> Policy:
+        return Restless(self.cost) if self.policy == "restless" else make_policy(self.policy, self.cost, self.slo)
 
     def scheduler(self, decode_steps: int | None = None) -> Scheduler:
-        policy = make_policy(self.policy, self.cost, self.slo)
         config = replace(self.config, decode_steps=decode_steps)
-        return Scheduler(config, policy, device_sms=self.cost.device_sms, layers=self.cost.layers)
+        return Scheduler(config, self.make_policy(), device_sms=self.cost.device_sms, layers=self.cost.layers)
+
+    def executor(self) -> SimExecutor:
+        return SimExecutor(self.cost, self.overheads)
 
     def play(self, decode_steps: int | None = None) -> tuple[Scheduler, list[StepRecord]]:
         scheduler = self.scheduler(decode_steps)
-        return scheduler, list(replay(self.requests, scheduler, SimExecutor(self.cost)))
+        return scheduler, list(replay(self.requests, scheduler, self.executor()))
 
 
 @st.composite
@@ -66,7 +109,8 @@ def scenarios(draw: st.DrawFn, *, roomy: bool = False) -> Scenario:
         st.sampled_from([BucketCost(layers), ConstantCost(0.25, 0.5, layers=layers, device_sms=BucketCost.device_sms)])
     )
     slo = Slo(1.0, draw(st.sampled_from([0.5, 1.0, 2.0, 4.0])))
-    return Scenario(requests, config, cost, draw(st.sampled_from(POLICIES)), slo)
+    policy, overheads = draw(st.sampled_from(POLICIES)), draw(st.sampled_from(NONE_OR_SOME))
+    return Scenario(requests, config, cost, policy, slo, overheads)
 
 
 def token_times(records: list[StepRecord]) -> dict[int, list[float]]:
@@ -85,7 +129,20 @@ def token_times(records: list[StepRecord]) -> dict[int, list[float]]:
 
 
 def of_phase(records: list[StepRecord], phase: Phase) -> list[StepRecord]:
-    return sorted((record for record in records if record.run.phase is phase), key=lambda record: record.start_s)
+    """Runs of a phase, among them fused ones with work of it, as they started."""
+    found = [
+        record
+        for record in records
+        if record.run.phase is phase
+        or (record.run.phase is Phase.MIXED and (phase is Phase.PREFILL or record.run.decodes))
+    ]
+    return sorted(found, key=lambda record: record.start_s)
+
+
+def prompts(run: Run) -> Iterator[tuple[Request, int, int]]:
+    """The prompts of a run, their new tokens and their cached ones."""
+    parts = zip(run.requests, run.new_tokens, run.context_lens, strict=True)
+    yield from list(parts)[run.decodes :]
 
 
 @settings(deadline=None)
@@ -110,9 +167,7 @@ def test_law_1_without_preemption_every_prompt_token_is_prefilled_once(scenario:
     prefilled = dict.fromkeys((request.id for request in scenario.requests), 0)
     for record in of_phase(records, Phase.PREFILL):
         if record.steps == record.run.max_steps:
-            for request, new, context in zip(
-                record.run.requests, record.run.new_tokens, record.run.context_lens, strict=True
-            ):
+            for request, new, context in prompts(record.run):
                 assert context == prefilled[request.id]
                 prefilled[request.id] += new
     assert prefilled == {request.id: request.prompt_len for request in scenario.requests}
@@ -138,7 +193,7 @@ def test_law_2_nothing_starts_before_it_arrived_or_ends_before_it_started_and_cl
 @given(scenarios())
 def test_law_3_free_and_used_blocks_are_all_blocks_after_every_run(scenario: Scenario) -> None:
     scheduler = scenario.scheduler()
-    for _ in replay(scenario.requests, scheduler, SimExecutor(scenario.cost)):
+    for _ in replay(scenario.requests, scheduler, scenario.executor()):
         scheduler.blocks.check_integrity()
     assert scheduler.blocks.used == 0
     assert scheduler.blocks.peak_used <= scheduler.config.num_blocks
@@ -146,14 +201,15 @@ def test_law_3_free_and_used_blocks_are_all_blocks_after_every_run(scenario: Sce
 
 @settings(deadline=None)
 @given(scenarios())
-def test_law_4_the_sms_in_flight_never_exceed_the_device(scenario: Scenario) -> None:
+def test_law_4_the_sms_in_flight_never_exceed_the_device_unless_the_mode_shares_them(scenario: Scenario) -> None:
     _, records = scenario.play()
-    for prefill in of_phase(records, Phase.PREFILL):
-        assert prefill.run.sms <= scenario.cost.device_sms
-        for decode in of_phase(records, Phase.DECODE):
-            if prefill.start_s < decode.end_s and decode.start_s < prefill.end_s:
-                assert prefill.run.allocation == decode.run.allocation
-                assert prefill.run.sms + decode.run.sms <= scenario.cost.device_sms
+    for one, other in combinations(records, 2):
+        assert max(one.run.sms, other.run.sms) <= scenario.cost.device_sms
+        if one.start_s < other.end_s and other.start_s < one.end_s:
+            assert one.run.allocation == other.run.allocation
+            assert {one.run.phase, other.run.phase} == {Phase.PREFILL, Phase.DECODE}
+            shares = one.run.allocation.mode in (Mode.CAPPED, Mode.PRIORITY)
+            assert shares or one.run.sms + other.run.sms <= scenario.cost.device_sms
 
 
 def idle_with_work(own: list[StepRecord], work: list[tuple[float, float]]) -> Iterator[tuple[float, float, StepRecord]]:
@@ -215,9 +271,9 @@ class Sealed(Request):
 class Oracle(SimExecutor):
     """A simulator that is told the output lengths of sealed requests."""
 
-    def __init__(self, cost: CostModel, truth: tuple[Request, ...]) -> None:
-        super().__init__(cost)
-        self.truth = truth
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(scenario.cost, scenario.overheads)
+        self.truth = scenario.requests
 
     def launch(self, run: Run) -> None:
         super().launch(replace(run, requests=tuple(self.truth[request.id] for request in run.requests)))
@@ -236,7 +292,7 @@ def test_law_7_no_scheduler_and_no_policy_reads_an_output_length(scenario: Scena
     with pytest.raises(AssertionError, match="was read"):
         _ = sealed(scenario.requests[0]).output_len
     requests = [sealed(request) for request in scenario.requests]
-    records = list(replay(requests, scenario.scheduler(), Oracle(scenario.cost, scenario.requests)))
+    records = list(replay(requests, scenario.scheduler(), Oracle(scenario)))
     assert log_of(records) == log_of(scenario.play()[1])
 
 
@@ -285,8 +341,9 @@ PREFILLED_TWICE_ON_END = Scenario(
 @example(PREFILLED_TWICE_ON_END)
 def test_scheduler_and_simulator_agree_with_a_brute_force_model_of_the_whole_system(scenario: Scenario) -> None:
     scheduler, records = scenario.play()
-    policy = make_policy(scenario.policy, scenario.cost, scenario.slo)
-    expected = Reference(scenario.config, policy, scenario.cost, scenario.requests).run()
+    expected = Reference(
+        scenario.config, scenario.make_policy(), scenario.cost, scenario.requests, scenario.overheads
+    ).run()
     assert token_times(records) == {
         request_id: [float(t) for t in times] for request_id, times in expected.tokens.items() if times
     }
@@ -307,8 +364,8 @@ def test_a_plan_yields_or_launches_and_never_both(scenario: Scenario) -> None:
             plans.append(super().schedule(*args))  # type: ignore[arg-type]
             return plans[-1]
 
-    policy = make_policy(scenario.policy, scenario.cost, scenario.slo)
-    recorded = Recorded(scenario.config, policy, device_sms=scenario.cost.device_sms, layers=scenario.cost.layers)
-    records = list(replay(scenario.requests, recorded, SimExecutor(scenario.cost)))
+    policy, sms = scenario.make_policy(), scenario.cost.device_sms
+    recorded = Recorded(scenario.config, policy, device_sms=sms, layers=scenario.cost.layers)
+    records = list(replay(scenario.requests, recorded, scenario.executor()))
     assert sum(len(plan.launches) for plan in plans) == len(records)
     assert not [plan for plan in plans if plan.yields and plan.launches]

@@ -10,7 +10,7 @@ import numpy as np
 
 from semipd.core import Allocation, DecodeShape, Load, PrefillShape, Slo
 from semipd.cost import CostModel
-from semipd.policies.exclusive import whole_device
+from semipd.policies.static import whole_device
 
 GAIN = 1.05
 """A new split must have more than 1.05 times the prefill throughput of the one in force (hysteresis)."""
