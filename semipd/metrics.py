@@ -81,17 +81,18 @@ class Log:
         if steps == 0:
             return
         if run.phase is Phase.DECODE:
-            self._append_decode(record, steps, end_s)
+            self._append_decode(run.requests, record)
         elif steps == run.max_steps:
+            if run.decodes:
+                self._append_decode(run.requests[: run.decodes], record)
             self._append_prefill(record)
         for request_id in record.finished:
             self._finish_id.append(request_id)
             self._finish_s.append(end_s)
 
-    def _append_decode(self, record: StepRecord, steps: int, end_s: float) -> None:
-        """Every step gives every sequence a token."""
-        requests = record.run.requests
-        joined = 0
+    def _append_decode(self, requests: tuple[Request, ...], record: StepRecord) -> None:
+        """Every step gives each of these sequences a token."""
+        steps, joined = record.steps, 0
         if requests != self._requests:
             batch = set(map(_ids, requests))
             if left := self._batch - batch:
@@ -106,7 +107,7 @@ class Log:
         self._decode_steps.append(steps)
         self._decode_batch.append(len(requests))
         self._decode_stayed.append(len(requests) - joined)
-        self._batch_s = end_s
+        self._batch_s = record.end_s
         self.tokens += steps * len(requests)
         if record.finished:
             self._batch.difference_update(record.finished)
@@ -126,9 +127,9 @@ class Log:
         return np.diff(_floats(self._step_end_s), prepend=self._chunk_start_s)
 
     def _append_prefill(self, record: StepRecord) -> None:
-        """The last layer gives a token to each request whose prompt it completes."""
-        finished = record.finished
-        for request, emits in zip(record.run.requests, record.run.emits, strict=True):
+        """The end gives a token to each request whose prompt it completes."""
+        run, finished = record.run, record.finished
+        for request, emits in zip(run.requests[run.decodes :], run.emits[run.decodes :], strict=True):
             if not emits:
                 continue
             if request.id in self._batch:  # preempted since its last decode step

@@ -89,7 +89,7 @@ class Scenario:
 
 
 @st.composite
-def scenarios(draw: st.DrawFn, *, roomy: bool = False) -> Scenario:
+def scenarios(draw: st.DrawFn, *, roomy: bool = False, policies: tuple[str, ...] = POLICIES) -> Scenario:
     """Few requests, bursty arrivals, small or ample KV, every policy, costs that contend or not."""
     gaps = draw(st.lists(st.sampled_from([0.0, 0.0, 0.125, 0.25, 0.5, 1.0, 1.5, 4.0]), min_size=1, max_size=7))
     arrivals = np.cumsum(gaps).tolist()
@@ -109,7 +109,7 @@ def scenarios(draw: st.DrawFn, *, roomy: bool = False) -> Scenario:
         st.sampled_from([BucketCost(layers), ConstantCost(0.25, 0.5, layers=layers, device_sms=BucketCost.device_sms)])
     )
     slo = Slo(1.0, draw(st.sampled_from([0.5, 1.0, 2.0, 4.0])))
-    policy, overheads = draw(st.sampled_from(POLICIES)), draw(st.sampled_from(NONE_OR_SOME))
+    policy, overheads = draw(st.sampled_from(policies)), draw(st.sampled_from(NONE_OR_SOME))
     return Scenario(requests, config, cost, policy, slo, overheads)
 
 
@@ -224,9 +224,19 @@ def idle_with_work(own: list[StepRecord], work: list[tuple[float, float]]) -> It
         busy_until = record.end_s
 
 
-@settings(max_examples=200, deadline=None)
-@given(scenarios(roomy=True))
-def test_law_5_a_phase_with_runnable_work_idles_only_for_a_switch_or_for_exclusive_prefill(scenario: Scenario) -> None:
+def has_its_turn(run: Run, config: SchedulerConfig) -> bool:
+    """Whether the mode says that the other phase waits for this run: it goes first, or fills the fused steps."""
+    at = run.allocation
+    if at.mode is Mode.MIXED:
+        return run.phase is Phase.DECODE and len(run.requests) >= min(at.chunk_tokens, config.max_num_batched_tokens)
+    return at.mode is Mode.EXCLUSIVE and run.phase is at.first
+
+
+@settings(max_examples=300, deadline=None)
+@given(scenarios(roomy=True, policies=POLICIES[:-1]))
+def test_law_5_a_phase_with_runnable_work_idles_only_for_a_switch_or_while_the_other_has_its_turn(
+    scenario: Scenario,
+) -> None:
     _, records = scenario.play()
     prefills, decodes = of_phase(records, Phase.PREFILL), of_phase(records, Phase.DECODE)
     times = token_times(records)
@@ -237,15 +247,16 @@ def test_law_5_a_phase_with_runnable_work_idles_only_for_a_switch_or_for_exclusi
             beside = [record for record in other if record.start_s < end and record.end_s > start]
             covered = sum(min(record.end_s, end) - max(record.start_s, start) for record in beside)
             assert covered == end - start, "both phases idle with work"
-            exclusive = all(record.run.allocation.mode is Mode.EXCLUSIVE for record in beside)
-            if own is decodes and exclusive:
-                continue  # prefill first, one phase at a time: as the policy said
-            (record,) = beside
+            waited_for = [record for record in beside if not has_its_turn(record.run, scenario.config)]
+            if not waited_for:
+                continue
+            (record,) = waited_for
             assert record.end_s == end, "idle beyond the end of the run it waited for"
             assert not [t for t in record.ends_s if start < t < end], "waited for more than the step in progress"
             # The last run's end may change who decodes, and with it the policy's mind: the switch is called off.
+            alone = record.run.allocation.mode in (Mode.EXCLUSIVE, Mode.MIXED)
             switched = after.run.allocation != record.run.allocation
-            assert exclusive or switched or record.finished or any(record.run.emits)
+            assert alone or switched or record.finished or any(record.run.emits)
 
 
 def log_of(records: list[StepRecord]) -> bytes:
@@ -296,9 +307,9 @@ def test_law_7_no_scheduler_and_no_policy_reads_an_output_length(scenario: Scena
     assert log_of(records) == log_of(scenario.play()[1])
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
-def test_law_9_with_fixed_service_times_the_mean_wait_is_that_of_an_m_d_1_queue(load: float) -> None:
-    n, service_s, prompt_len = 20_000, 1.0, 16
+@pytest.mark.parametrize(("load", "n"), [(0.3, 40_000), (0.6, 60_000), (0.8, 100_000)])
+def test_law_9_with_fixed_service_times_the_mean_wait_is_that_of_an_m_d_1_queue(load: float, n: int) -> None:
+    service_s, prompt_len = 1.0, 16
     # The quantiles of the exponential distribution in random order: a Poisson process whose rate is exact.
     gaps = -np.log1p(-(np.random.default_rng(7).permutation(n) + 0.5) / n)
     arrivals = np.cumsum(gaps / np.mean(gaps)) * service_s / load
@@ -309,12 +320,11 @@ def test_law_9_with_fixed_service_times_the_mean_wait_is_that_of_an_m_d_1_queue(
     scheduler = Scheduler(config, policy, device_sms=cost.device_sms, layers=cost.layers)
     ends = np.array([record.end_s for record in replay(requests, scheduler, SimExecutor(cost))])
     waits_s = ends - service_s - arrivals
-    # Pollaczek-Khinchine with deterministic service; over seeds, the mean of so many waits varies by 3 % at load 0.8.
-    assert np.mean(waits_s) == pytest.approx(load * service_s / (2 * (1 - load)), rel=0.05)
-    expected_s = 0.0
-    for wait_s, gap_s in zip(waits_s, [*np.diff(arrivals), 0.0], strict=True):  # Lindley's recursion
-        assert wait_s == pytest.approx(expected_s, abs=1e-6)
-        expected_s = max(0.0, expected_s + service_s - gap_s)
+    # Pollaczek-Khinchine with deterministic service; over seeds, the mean of so many waits varies by 1 to 1.5 %.
+    assert np.mean(waits_s) == pytest.approx(load * service_s / (2 * (1 - load)), rel=0.02)
+    # Lindley's recursion, wait' = max(0, wait + service - gap), is a walk that is held up at its lowest point so far.
+    walk_s = np.cumsum(service_s - np.diff(arrivals, prepend=arrivals[0] - service_s))
+    assert waits_s == pytest.approx(walk_s - np.minimum.accumulate(np.minimum(walk_s, 0.0)), abs=1e-6)
 
 
 @settings(max_examples=300, deadline=None)

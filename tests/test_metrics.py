@@ -21,6 +21,7 @@ from semipd.trace import Trace
 
 SPLITS = (Allocation(Mode.SPLIT, 64, 68), Allocation(Mode.SPLIT, 32, 100))
 FULL = Allocation(Mode.EXCLUSIVE, 132, 132)
+MIXED = Allocation(Mode.MIXED, 132, 132, 16)
 LAYERS = 3
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 PERCENTILES = (50, 90, 95, 99)
@@ -47,6 +48,15 @@ def decode(
     n = len(requests)
     run = Run(0, Phase.DECODE, requests, (1,) * n, (4,) * n, at.decode_sms, max(len(ends_s), 1), at)
     return StepRecord(run, start_s, np.array(ends_s, dtype=float), finished)
+
+
+def fused(
+    decoding: tuple[Request, ...], pieces: tuple[Request, ...], emits: tuple[bool, ...], *, start_s: float, end_s: float
+) -> StepRecord:
+    at, n, batch = MIXED, len(decoding), (*decoding, *pieces)
+    tokens, cached = (1,) * n + (4,) * len(pieces), (4,) * n + (0,) * len(pieces)
+    run = Run(0, Phase.MIXED, batch, tokens, cached, at.decode_sms, 1, at, (True,) * n + emits, n)
+    return StepRecord(run, start_s, np.array([end_s]))
 
 
 def logged(*records: StepRecord) -> Log:
@@ -190,7 +200,16 @@ def a_replay(seed: int, n: int, complete: bool) -> Replay:
     while (waiting or decoding) and (complete or rng.random() > 0.02):
         clock_s += rng.choice((0.0, 0.0, 0.1 * rng.random()))
         at = rng.choice((*SPLITS, FULL))
-        if waiting and (not decoding or rng.random() < 0.4):
+        if waiting and rng.random() < 0.3:  # the last prompt may be cut, and gets no token then
+            pieces = tuple(waiting[: rng.randint(1, 3)])
+            emits = (True,) * (len(pieces) - 1) + (rng.random() < 0.7,)
+            ends_s = boundaries(1)
+            batch = (*decoding, *(r for r, emit in zip(pieces, emits, strict=True) if emit))
+            waiting = [r for r in waiting if r not in batch]
+            for request in batch:
+                replay.token_s[request.id] += ends_s
+            record = fused(tuple(decoding), pieces, emits, start_s=clock_s, end_s=ends_s[0])
+        elif waiting and (not decoding or rng.random() < 0.4):
             batch = tuple(waiting[: rng.randint(1, 3)])
             if rng.random() < 0.2:  # stopped between two layers: no token
                 record = prefill(*batch, start_s=clock_s, ends_s=boundaries(LAYERS), at=at)
@@ -335,9 +354,18 @@ def test_the_names_of_time_in_split() -> None:
         prefill(A, start_s=2.0, ends_s=[3.0], at=SPLITS[0]),
         decode(A, start_s=2.0, ends_s=[4.0], at=SPLITS[0]),
         decode(A, start_s=6.0, ends_s=[9.0], at=Allocation(Mode.CAPPED, 64, 132)),
+        decode(A, start_s=9.0, ends_s=[10.0], at=Allocation(Mode.PRIORITY, 132, 132)),
+        fused((A,), (B,), (False,), start_s=10.0, end_s=17.0),
     )
-    shares = summary(log, [A]).time_in_split
-    assert shares == {"full": 1 / 8, "64/68": 2 / 8, "capped-64": 3 / 8, "idle": 2 / 8}
+    shares = summary(log, [A, B]).time_in_split
+    assert shares == {
+        "full": 1 / 16,
+        "64/68": 2 / 16,
+        "capped-64": 3 / 16,
+        "priority": 1 / 16,
+        "mixed": 7 / 16,
+        "idle": 2 / 16,
+    }
 
 
 # Saturation
