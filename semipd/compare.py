@@ -14,7 +14,7 @@ from semipd.cost import CostModel, Misjudged, TableCost
 from semipd.driver import replay
 from semipd.executor import Executor
 from semipd.metrics import Log, RequestTable, Summary, request_table, summarise
-from semipd.policies import all_names, make_policy
+from semipd.policies import all_names, in_order, make_policy
 from semipd.profile import Profile, load_profile
 from semipd.scheduler import Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor
@@ -129,7 +129,7 @@ def simulate(
         device_sms=setup.cost.device_sms,
         layers=setup.cost.layers,
     )
-    return run(setup, policy, scheduler, SimExecutor(setup.cost), watch=watch, each=each)
+    return run(setup, policy, scheduler, SimExecutor(setup.cost, setup.profile.overheads), watch=watch, each=each)
 
 
 def run(
@@ -183,8 +183,9 @@ def run(
 class Comparison:
     """The same trace under several policies. ``reason``: in one sentence, why the recommended one.
 
-    ``operations``: what was done to the trace. ``rate_rps``: requests a second as replayed.
-    ``predicted_by``: what policies predicted with.
+    ``best_chunked``: the best chunked prefill. ``against_chunked``: in one sentence, how the best static split compares
+    with it; None unless both were run. ``operations``: what was done to the trace. ``rate_rps``: requests a second as
+    replayed. ``predicted_by``: what policies predicted with.
     """
 
     trace: str
@@ -194,8 +195,10 @@ class Comparison:
     profile: Profile
     runs: tuple[Summary, ...]
     best_static: str | None
+    best_chunked: str | None
     recommended: str
     reason: str
+    against_chunked: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``semipd compare --json``."""
@@ -207,8 +210,10 @@ class Comparison:
             "profile": self.profile.name,
             "runs": [run.to_json() for run in self.runs],
             "best_static": self.best_static,
+            "best_chunked": self.best_chunked,
             "recommended": self.recommended,
             "reason": self.reason,
+            "against_chunked": self.against_chunked,
         }
 
 
@@ -244,16 +249,14 @@ def _summary(setup: Setup, policy: str) -> Summary:
 
 
 def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
-    """Order the runs as their policies are named, find the best static split and the policy to take.
+    """Order the runs, find the best static split, the best chunked prefill and the policy to take.
 
     The best has the most goodput; among those within 1 % of it, the one whose p99 latencies leave the most
     room below their targets. Raises ValueError without a run.
     """
-    order = {name: place for place, name in enumerate(all_names(setup.cost))}
-    ordered = tuple(sorted(runs, key=lambda run: order[run.policy]))
+    ordered = tuple(sorted(runs, key=lambda run: in_order(run.policy)))
     best = _best(ordered)
-    statics = [run for run in ordered if run.policy.startswith("static-")]
-    static = _best(statics) if statics else None
+    static, chunked = (_best_of(ordered, kind) for kind in ("static-", "chunked-"))
     return Comparison(
         trace=setup.trace.name,
         operations=setup.trace.operations,
@@ -262,9 +265,16 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
         profile=setup.profile,
         runs=ordered,
         best_static=static.policy if static else None,
+        best_chunked=chunked.policy if chunked else None,
         recommended=best.policy,
         reason=_reason(ordered, best, static),
+        against_chunked=_against_chunked(static, chunked) if static and chunked else None,
     )
+
+
+def _best_of(runs: Sequence[Summary], kind: str) -> Summary | None:
+    of_kind = [run for run in runs if run.policy.startswith(kind)]
+    return _best(of_kind) if of_kind else None
 
 
 def _best(runs: Sequence[Summary]) -> Summary:
@@ -293,11 +303,24 @@ def _reason(runs: Sequence[Summary], best: Summary, static: Summary | None) -> s
             f"{best.policy} comes closest, with {_reached(best)}"
         )
     if rivals:
-        said += ", where " + " and ".join(f"{run.policy} does for {_reached(run)}" for run in rivals)
+        *others, last = (f"{run.policy} does for {_reached(run)}" for run in rivals)
+        said += ", where " + (f"{', '.join(others)} and {last}" if others else last)
     if "adaptive" in named and best.policy != "adaptive":
         alike = (named["adaptive"].goodput_rps or 0.0) >= ALIKE * (best.goodput_rps or 0.0)
         said += "; adaptive serves as many, with longer tails" if alike else "; adaptive loses here"
     return said + "."
+
+
+def _against_chunked(static: Summary, chunked: Summary) -> str:
+    """Whether splitting is better than chunked prefill at all, by the goodput of the best of each."""
+    split, fused = static.goodput_rps or 0.0, chunked.goodput_rps or 0.0
+    verdict = "beats" if split > fused else "loses to"
+    if min(split, fused) >= ALIKE * max(split, fused):
+        verdict = "serves as many good requests as"
+    return (
+        f"Splitting {verdict} chunked prefill here: at its best, with {static.policy}, both targets are met for "
+        f"{_reached(static)}; with {chunked.policy} for {_reached(chunked)}."
+    )
 
 
 def _reached(run: Summary) -> str:

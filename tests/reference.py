@@ -104,9 +104,7 @@ class Batch:
 
 @dataclass
 class Stage:
-    """A layer, a decode step or a fused step in progress: the time until it begins, the share of it that is left, and its
-    price now.
-    """
+    """A layer, a decode step or a fused one: the time until it begins, the share of it that is left, its price now."""
 
     delay: Fraction
     left: Fraction = Fraction(1)

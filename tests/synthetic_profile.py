@@ -19,6 +19,7 @@ from semipd.sweep import (
     DecodePoint,
     DecodeWork,
     HybridPoint,
+    MixedPoint,
     PrefillPoint,
     PrefillWork,
     TableWriter,
@@ -36,6 +37,7 @@ HYBRID_TOKENS = (1, 1024, 8192)
 HYBRID_CONTEXTS = (16, 512, 32768)
 HYBRID_BATCHES = (1, 16, 256)
 HYBRID_KV_TOKENS = (256, 16384, 524288)
+MIXED_TOKENS = (1, 256, 2048)
 
 SATURATING_SHARE = 0.5  # of the device's SMs draws all of its memory bandwidth
 PROVENANCE: dict[str, object] = {"gpu": "closed form", "work": {"layers": 1}, "command": "write_profile"}
@@ -61,6 +63,11 @@ def decode_slowdown(tokens: float, mean_context: float, batch: float, kv_tokens:
     return 1 + 0.008 * log2(tokens) + 0.0005 * log2(mean_context) * log2(kv_tokens) + 0.003 * log2(batch)
 
 
+def mixed_factor(tokens: float, mean_context: float, batch: float, kv_tokens: float) -> float:
+    """How many times longer a fused step takes than its two parts alone, one after the other."""
+    return 0.9 - 0.004 * log2(tokens) + 0.002 * log2(batch) + 0.0005 * log2(kv_tokens) * log2(mean_context)
+
+
 def _spread(median_ms: float, prefix: str = "") -> dict[str, Any]:
     values = {"median_ms": median_ms, "p10_ms": 0.98 * median_ms, "p90_ms": 1.05 * median_ms}
     return {f"{prefix}{name}": value for name, value in values.items()}
@@ -78,14 +85,16 @@ def decode_point(work: DecodeWork, sms: int, device_sms: int = 32) -> DecodePoin
     return DecodePoint(sms=sms, **asdict(work), backend="fa2", steps=10, **_spread(median_ms))
 
 
-def hybrid_point(prefill: PrefillWork, decode: DecodeWork, prefill_sms: int, device_sms: int = 32) -> HybridPoint:
-    """One row of hybrid.csv: both phases on disjoint partitions of the whole device."""
+def hybrid_point(
+    prefill: PrefillWork, decode: DecodeWork, prefill_sms: int, device_sms: int = 32, mode: str = "split"
+) -> HybridPoint:
+    """One row of hybrid.csv: both phases at once; decode on what prefill leaves, in other modes on the whole device."""
     place = (prefill.tokens, prefill.mean_context, decode.batch, decode.kv_tokens)
-    decode_sms = device_sms - prefill_sms
+    decode_sms = device_sms - prefill_sms if mode == "split" else device_sms
     p_ms = prefill_ms(*place[:2], prefill_sms) * prefill_slowdown(*place)
     d_ms = decode_ms(*place[2:], decode_sms, device_sms) * decode_slowdown(*place)
     return HybridPoint(
-        mode="split",
+        mode=mode,
         prefill_sms=prefill_sms,
         decode_sms=decode_sms,
         **asdict(prefill),
@@ -97,6 +106,14 @@ def hybrid_point(prefill: PrefillWork, decode: DecodeWork, prefill_sms: int, dev
         decode_steps=10,
         **_spread(d_ms, "decode_"),
     )
+
+
+def mixed_point(prefill: PrefillWork, decode: DecodeWork, device_sms: int = 32) -> MixedPoint:
+    """One row of mixed.csv."""
+    place = (prefill.tokens, prefill.mean_context, decode.batch, decode.kv_tokens)
+    alone_ms = prefill_ms(*place[:2], device_sms) + decode_ms(*place[2:], device_sms, device_sms)
+    spread = _spread(alone_ms * mixed_factor(*place))
+    return MixedPoint(**asdict(prefill), **asdict(decode), backend="fa2", steps=10, **spread)
 
 
 def prefill_points(sms: Sequence[int]) -> list[PrefillPoint]:
@@ -111,11 +128,18 @@ def decode_points(sms: Sequence[int], device_sms: int = 32) -> list[DecodePoint]
     return [decode_point(w, n, device_sms) for w in decode_grid(BATCHES, KV_TOKENS) for n in sms]
 
 
-def hybrid_points(prefill_sms: Sequence[int], device_sms: int = 32) -> list[HybridPoint]:
-    """Both phases on every split."""
+def hybrid_points(prefill_sms: Sequence[int], device_sms: int = 32, mode: str = "split") -> list[HybridPoint]:
+    """Both phases at once, prefill on so many SMs."""
     prefills = grid(HYBRID_TOKENS, HYBRID_CONTEXTS)
     decodes = decode_grid(HYBRID_BATCHES, HYBRID_KV_TOKENS)
-    return [hybrid_point(p, d, n, device_sms) for n in prefill_sms for p in prefills for d in decodes]
+    return [hybrid_point(p, d, n, device_sms, mode) for n in prefill_sms for p in prefills for d in decodes]
+
+
+def mixed_points(device_sms: int = 32) -> list[MixedPoint]:
+    """Fused batches on the whole device."""
+    prefills = grid(MIXED_TOKENS, HYBRID_CONTEXTS)
+    decodes = decode_grid(HYBRID_BATCHES, HYBRID_KV_TOKENS)
+    return [mixed_point(p, d, device_sms) for p in prefills for d in decodes]
 
 
 def write_profile(
@@ -128,8 +152,12 @@ def write_profile(
     kv_bytes_per_token: int | None = None,
     device_memory_bytes: int = 4 << 30,
     weights_bytes: int = 0,
+    all_modes: bool = False,
+    overheads: dict[str, float] | None = None,
 ) -> Path:
     """Write the profile of a device to ``folder`` and return it; splits are ``step`` SMs apart.
+
+    ``all_modes``: with the other ways of sharing, too: capped at every size, priority, and fused batches.
 
     ``kv_bytes_per_token`` is 4096 times the layers when not given: the defaults hold about 260,000 KV tokens.
     """
@@ -144,6 +172,14 @@ def write_profile(
     hybrid = TableWriter(folder / "hybrid.csv", HybridPoint, provenance)
     for h in hybrid_points([s.prefill_sms for s in splits], device_sms):
         hybrid.add(h)
+    if all_modes:
+        for h in hybrid_points([s.prefill_sms for s in splits], device_sms, "capped"):
+            hybrid.add(h)
+        for h in hybrid_points([device_sms], device_sms, "priority"):
+            hybrid.add(h)
+        mixed = TableWriter(folder / "mixed.csv", MixedPoint, provenance)
+        for m in mixed_points(device_sms):
+            mixed.add(m)
     header = {
         "name": name,
         "description": "closed forms, for tests",
@@ -154,5 +190,7 @@ def write_profile(
         "device_memory_bytes": device_memory_bytes,
         "weights_bytes": weights_bytes,
     }
+    if overheads is not None:
+        header["overheads"] = overheads
     (folder / "profile.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
     return folder

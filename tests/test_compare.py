@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from synthetic_profile import write_profile
 
 from semipd.compare import Comparison, Setup, judge, policy_names, prepare, run_all, scheduler_config, simulate
@@ -16,11 +18,12 @@ from semipd.config import CompareConfig, SchedulerOptions, TraceConfig, build
 from semipd.core import InputError, Slo, StepRecord
 from semipd.metrics import Distribution, Summary
 from semipd.profile import load_profile
+from semipd.report.comparison import comparison_report
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_profile(tmp_path_factory.mktemp("profile") / "p")
+    return write_profile(tmp_path_factory.mktemp("profile") / "p", all_modes=True)
 
 
 def config(profile: Path, **changed: object) -> CompareConfig:
@@ -39,7 +42,10 @@ def setup(profile: Path) -> Setup:
 
 def test_every_policy_completes_every_request_of_the_same_trace(setup: Setup) -> None:
     names = policy_names((), setup)
-    assert names == ("exclusive", "static-8", "static-16", "static-24", "adaptive")
+    assert names == (
+        *("exclusive", "exclusive-decode", "static-8", "static-16", "static-24", "capped-8", "capped-16", "capped-24"),
+        *("priority", "chunked-256", "chunked-512", "chunked-1024", "chunked-2048", "adaptive"),
+    )
     runs = list(run_all(setup, names, jobs=1))
     assert [run.policy for run in runs] == list(names)
     for run in runs:
@@ -183,8 +189,44 @@ def test_among_equals_the_tail_decides_by_its_share_of_the_target(setup: Setup) 
 
 
 def test_without_a_static_split_there_is_no_best_one(setup: Setup) -> None:
-    found = judged(setup, summary("exclusive", 0.0))
-    assert (found.best_static, found.recommended) == (None, "exclusive")
+    found = judged(setup, summary("exclusive", 0.0), summary("chunked-512", 0.0))
+    assert (found.best_static, found.recommended, found.against_chunked) == (None, "exclusive", None)
+
+
+@pytest.mark.parametrize(
+    ("split_rps", "fused_rps", "verdict"),
+    [(9.0, 6.0, "beats"), (6.0, 9.0, "loses to"), (9.0, 8.95, "serves as many good requests as")],
+)
+def test_the_best_split_is_held_against_the_best_chunked_prefill(
+    setup: Setup, split_rps: float, fused_rps: float, verdict: str
+) -> None:
+    found = judged(
+        setup,
+        *(summary("static-8", 0.5), summary("static-16", split_rps)),
+        *(summary("chunked-300", fused_rps), summary("chunked-4000", 0.5)),
+    )
+    assert [run.policy for run in found.runs] == ["static-8", "static-16", "chunked-300", "chunked-4000"]
+    assert (found.best_static, found.best_chunked) == ("static-16", "chunked-300")
+    assert found.against_chunked == (
+        f"Splitting {verdict} chunked prefill here: at its best, with static-16, both targets are met for "
+        f"{10 * split_rps:.1f} % of requests (p99 TTFT 0.5 s, p99 TPOT 10 ms); with chunked-300 for "
+        f"{10 * fused_rps:.1f} % of requests (p99 TTFT 0.5 s, p99 TPOT 10 ms)."
+    )
+    assert found.to_json()["against_chunked"] == found.against_chunked
+
+
+def test_the_comparison_of_every_policy_fits_80_columns(setup: Setup) -> None:
+    runs = [replace(summary(name, 9.99), switches=98765) for name in policy_names((), setup)]
+    runs[1] = replace(runs[1], goodput_rps=10.0, slo_attainment=1.0)
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as text:
+        console.print(comparison_report(judge(setup, runs)))
+    lines = text.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    for run in runs:
+        line = next(line for line in lines if line.startswith(f"{run.policy} "))
+        assert len(line.replace("★", "").replace("•", "").split()) == 12
+        assert "…" not in line
 
 
 def test_the_document_has_the_fixed_names(setup: Setup) -> None:

@@ -32,6 +32,7 @@ from synthetic_profile import (
     decode_slowdown,
     hybrid_point,
     hybrid_points,
+    mixed_point,
     prefill_ms,
     prefill_point,
     prefill_points,
@@ -42,7 +43,16 @@ from synthetic_profile import (
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.cost import ConstantCost, CostModel, Misjudged, TableCost, holdout_errors
 from semipd.profile import Profile, load_profile, shipped_profiles
-from semipd.sweep import DecodePoint, DecodeWork, HybridPoint, PrefillPoint, PrefillWork, TableWriter, decode_grid
+from semipd.sweep import (
+    DecodePoint,
+    DecodeWork,
+    HybridPoint,
+    MixedPoint,
+    PrefillPoint,
+    PrefillWork,
+    TableWriter,
+    decode_grid,
+)
 
 DEVICE = 32
 LAYERS = 4
@@ -164,9 +174,14 @@ def write_random(
         for i, (b, k) in zip(np.ndindex(ms.shape), itertools.product(*solo_d), strict=True):
             decode.add(replace(decode_point(DecodeWork(b, k), sms), median_ms=float(ms[i])))
     table = TableWriter(folder / "hybrid.csv", HybridPoint, PROVENANCE)
+    mixed = TableWriter(folder / "mixed.csv", MixedPoint, PROVENANCE)
     for i, (t, m, b, k) in zip(np.ndindex(both[0].shape), itertools.product(*hybrid), strict=True):
         point = hybrid_point(work(t, m), DecodeWork(b, k), 8)
         table.add(replace(point, prefill_median_ms=float(both[0][i]), decode_median_ms=float(both[1][i])))
+        point = hybrid_point(work(t, m), DecodeWork(b, k), 8, mode="capped")
+        table.add(replace(point, prefill_median_ms=float(both[1][i]), decode_median_ms=float(both[0][i])))
+        fused = mixed_point(work(t, m), DecodeWork(b, k))
+        mixed.add(replace(fused, median_ms=float(both[0][i] + both[1][i])))
     header = {
         "name": "random", "description": "", "device": "random", "device_sms": DEVICE, "layers": LAYERS,
         "kv_bytes_per_token": 1, "device_memory_bytes": 1, "weights_bytes": 0,
@@ -193,14 +208,17 @@ def assert_reproduces_every_measured_point(profile: Profile) -> None:
         assert seconds[0] == pytest.approx(d.median_ms / 1e3 * profile.layers, rel=1e-9)
         assert outside == 0
     for h in profile.hybrid.points:
-        if h.mode != "split":
+        if h.mode == "streams":
             continue
-        at = Allocation(Mode.SPLIT, h.prefill_sms, h.decode_sms)
+        at = Allocation(Mode(h.mode), h.prefill_sms, h.decode_sms)
         p_shape, d_shape = shape(h.tokens, h.mean_context), DecodeShape(h.batch, h.kv_tokens)
         seconds_p, _ = cost.prefill_s(p_shape, at, d_shape)
         assert seconds_p == pytest.approx(h.prefill_median_ms / 1e3, rel=1e-9)
         seconds_d = decode_step_s(cost, h.batch, h.kv_tokens, at, p_shape)
         assert seconds_d == pytest.approx(h.decode_median_ms / 1e3 * profile.layers, rel=1e-9)
+    for x in profile.mixed.points if profile.mixed else ():
+        seconds_x, _ = cost.mixed_s(shape(x.tokens, x.mean_context), DecodeShape(x.batch, x.kv_tokens))
+        assert seconds_x == pytest.approx(x.median_ms / 1e3 * profile.layers, rel=1e-9)
 
 
 @random_profiles
@@ -596,7 +614,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing field": (lambda f: edit_header(f, layers=None), "profile.json: layers: missing; expected a value"),
     "unknown field": (
         lambda f: edit_header(f, sms=1),
-        "profile.json: sms: unknown; expected only name, .*weights_bytes",
+        "profile.json: sms: unknown; expected only name, .*weights_bytes, overheads",
+    ),
+    "unknown overhead": (
+        lambda f: edit_header(f, overheads={"start_ms": 1.0}),
+        "profile.json: overheads.start_ms: unknown; expected only prefill_start_ms, .*, switch_ms",
+    ),
+    "negative overhead": (
+        lambda f: edit_header(f, overheads={"switch_ms": -1.0}),
+        "profile.json: overheads.switch_ms: found -1.0; expected zero or more",
+    ),
+    "malformed fused batch": (
+        lambda f: ((f / "mixed.csv").write_text("tokens\n"), (f / "mixed.json").write_text("{}")),
+        "mixed.csv: row 1: found columns tokens; expected tokens,mean_context,.*",
     ),
     "text for a number": (
         lambda f: edit_header(f, layers="4"),
@@ -643,7 +673,7 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a split's partition": (
         lambda f: drop_rows(f, "prefill.csv", "24,"),
-        "prefill.csv: sms: 24 not found; expected it, being a split of hybrid.csv",
+        "prefill.csv: sms: 24 not found; expected it, for split 24/8 of hybrid.csv",
     ),
     "split": (
         lambda f: (f / "hybrid.csv").write_text((f / "hybrid.csv").read_text().replace("split", "capped")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -19,6 +20,8 @@ from semipd.sim import SimExecutor
 
 LAYERS = 12
 SPLIT, OTHER_SPLIT = Allocation(Mode.SPLIT, 64, 68), Allocation(Mode.SPLIT, 32, 100)
+CAPPED, PRIORITY = Allocation(Mode.CAPPED, 64, 132), Allocation(Mode.PRIORITY, 132, 132)
+FUSED = Allocation(Mode.MIXED, 132, 132, 64)
 PROMPT = 12
 LONG = 10**6  # tokens of output that no test waits for
 
@@ -99,6 +102,16 @@ def decode(run_id: int, *requests: Request, generated: int = 1, max_steps: int =
     """Each sequence has had so many tokens."""
     cached = tuple(r.prompt_len + generated - 1 for r in requests)
     return Run(run_id, Phase.DECODE, requests, (1,) * len(requests), cached, at.decode_sms, max_steps, at)
+
+
+def fused(run_id: int, decoding: tuple[Request, ...], *pieces: tuple[Request, int], generated: int = 1) -> Run:
+    """A token for each that decodes, and so many first tokens of each prompt."""
+    n = len(decoding)
+    requests = (*decoding, *(request for request, _ in pieces))
+    tokens = (1,) * n + tuple(new for _, new in pieces)
+    cached = tuple(r.prompt_len + generated - 1 for r in decoding) + (0,) * len(pieces)
+    emits = (True,) * n + tuple(new == request.prompt_len for request, new in pieces)
+    return Run(run_id, Phase.MIXED, requests, tokens, cached, FUSED.decode_sms, 1, FUSED, emits, n)
 
 
 def the_end(executor: Executor) -> StepRecord:
@@ -198,6 +211,65 @@ def test_partitions_of_two_splits_are_never_in_flight_together(executor: Executo
         executor.launch(prefill(2, *sequences(5), at=OTHER_SPLIT))
     assert the_end(executor).run.id == 1
     executor.launch(prefill(2, *sequences(5), at=OTHER_SPLIT))
+
+
+@pytest.mark.parametrize("at", [CAPPED, PRIORITY], ids=["capped", "priority"])
+def test_both_phases_are_in_flight_together_where_the_mode_lets_them_share_sms(
+    executor: Executor, at: Allocation
+) -> None:
+    executor.launch(decode(1, Request(7, 0.0, PROMPT, 6), at=at))
+    executor.launch(prefill(2, *sequences(5), at=at))
+    records: list[StepRecord] = []
+    while len(records) < 2:
+        records += executor.wait(None)
+    assert {(record.run.id, record.steps, record.finished) for record in records} == {(1, 5, (7,)), (2, LAYERS, ())}
+
+
+def test_a_fused_run_is_one_step_and_ends_whom_it_gives_the_last_token(executor: Executor) -> None:
+    done, more, one, cut, first = sequences(2, 3, 1, 1, 2)
+    executor.launch(prefill(1, done, more))
+    the_end(executor)
+    executor.launch(fused(2, (done, more), (one, PROMPT), (first, PROMPT), (cut, PROMPT - 5)))
+    record = the_end(executor)
+    assert (record.steps, set(record.finished)) == (1, {done.id, one.id})
+    executor.launch(Run(3, Phase.PREFILL, (cut,), (5,), (PROMPT - 5,), 64, LAYERS, SPLIT, (True,)))
+    assert the_end(executor).finished == (cut.id,)
+    executor.launch(decode(4, more, generated=2))
+    assert the_end(executor).finished == (more.id,)
+
+
+def test_a_fused_run_may_be_of_prompts_alone(executor: Executor) -> None:
+    one, two = sequences(1, 2)
+    executor.launch(fused(1, (), (one, PROMPT), (two, PROMPT)))
+    executor.yield_(1)  # it is at its only step
+    record = the_end(executor)
+    assert (record.steps, record.finished) == (1, (one.id,))
+
+
+def test_a_fused_run_has_the_device_for_itself(executor: Executor) -> None:
+    one, two, three = sequences(5, 5, 5)
+    executor.launch(fused(1, (), (one, PROMPT)))
+    for run in (
+        fused(2, (), (two, PROMPT)),
+        prefill(3, two, at=FUSED),
+        decode(4, three, at=FUSED),
+        prefill(5, two),
+    ):
+        with pytest.raises(ValueError, match="run 1 "):
+            executor.launch(run)
+    assert the_end(executor).run.id == 1
+    executor.launch(decode(6, one, at=FUSED))
+    with pytest.raises(ValueError, match="whole device"):
+        executor.launch(fused(7, (), (two, PROMPT)))
+    assert the_end(executor).finished == (one.id,)
+
+
+def test_a_fused_run_of_two_steps_or_without_a_prompt_or_in_another_mode_is_refused(executor: Executor) -> None:
+    (one,) = sequences(5)
+    whole = fused(1, (), (one, PROMPT))
+    for run in (replace(whole, max_steps=2), replace(whole, decodes=1), replace(whole, allocation=PRIORITY)):
+        with pytest.raises(ValueError, match="expected one step, with a piece of a prompt, at mixed"):
+            executor.launch(run)
 
 
 def test_a_decode_run_that_was_asked_to_yield_ends_early_and_can_go_on(executor: Executor) -> None:

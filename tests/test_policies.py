@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Load, Mode, PrefillShape, Slo
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Load, Mode, Phase, PrefillShape, Slo
 from semipd.cost import ConstantCost
-from semipd.policies import Policy, all_names, chosen, make_policy, whole_device
+from semipd.policies import Policy, all_names, chosen, in_order, make_policy, whole_device
 from semipd.policies.adaptive import round_up
 
 FULL = whole_device(132)
@@ -39,6 +39,10 @@ class AmdahlCost:
     @property
     def splits(self) -> tuple[Allocation, ...]:
         return ConstantCost(1, 1).splits
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        return ConstantCost(1, 1).allocations
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         return 1e-4 + 1e-3 * shape.tokens / at.prefill_sms * (1.2 if beside else 1), False
@@ -156,11 +160,26 @@ def test_every_name_makes_the_policy_of_that_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", all_names(ConstantCost(1, 1)))
-def test_a_phase_alone_has_the_whole_device_under_every_policy(name: str) -> None:
+def test_a_phase_alone_has_every_sm_under_every_policy(name: str) -> None:
     policy = make_policy(name, ConstantCost(1, 1), SLO)
     for current in (None, Allocation(Mode.SPLIT, 64, 68)):
-        assert policy.decide(replace(LOAD, prefill=None, split=current)) == FULL
-        assert policy.decide(replace(LOAD, decode=None, split=current)) == FULL
+        assert policy.decide(replace(LOAD, prefill=None, split=current)).decode_sms == 132
+        assert policy.decide(replace(LOAD, decode=None, split=current)).prefill_sms == 132
+
+
+def test_what_has_the_whole_device_anyway_needs_no_switch_when_the_other_phase_comes() -> None:
+    cost = ConstantCost(1, 1)
+    decode_only, prefill_only = replace(LOAD, prefill=None), replace(LOAD, decode=None)
+    capped = make_policy("capped-64", cost, SLO)
+    assert capped.decide(LOAD) == capped.decide(decode_only) == Allocation(Mode.CAPPED, 64, 132)
+    assert capped.decide(prefill_only) == FULL
+    for name, at in (
+        ("priority", Allocation(Mode.PRIORITY, 132, 132)),
+        ("chunked-512", Allocation(Mode.MIXED, 132, 132, 512)),
+        ("exclusive-decode", Allocation(Mode.EXCLUSIVE, 132, 132, first=Phase.DECODE)),
+    ):
+        policy = make_policy(name, cost, SLO)
+        assert {policy.decide(load) for load in (LOAD, decode_only, prefill_only)} == {at}
 
 
 @given(loads)
@@ -170,20 +189,37 @@ def test_a_static_policy_takes_its_split_at_every_load_and_exclusive_the_whole_d
     assert make_policy("exclusive", cost, SLO).decide(load) == FULL
 
 
-def test_all_names_are_exclusive_every_measured_split_and_adaptive() -> None:
-    cost = ConstantCost(1, 1, device_sms=32)
-    assert all_names(cost) == ("exclusive", "static-8", "static-16", "static-24", "adaptive")
+def test_all_names_are_everything_that_was_measured_in_order() -> None:
+    cost = ConstantCost(1, 1, device_sms=32, chunk_tokens=600)
+    assert all_names(cost) == (
+        *("exclusive", "exclusive-decode", "static-8", "static-16", "static-24", "capped-8", "capped-16", "capped-24"),
+        *("priority", "chunked-256", "chunked-512", "adaptive"),
+    )
+    shuffled = ["chunked-1000", "adaptive", "static-16", "static-8", "chunked-9", "exclusive"]
+    assert sorted(shuffled, key=in_order) == [
+        *("exclusive", "static-8", "static-16", "chunked-9", "chunked-1000", "adaptive"),
+    ]
 
 
-@pytest.mark.parametrize("name", ["static-65", "static-", "static-064", "static-x"])
+@pytest.mark.parametrize("name", ["static-65", "static-0", "capped-12"])
 def test_an_unmeasured_split_is_refused_with_the_measured_ones(name: str) -> None:
     with pytest.raises(InputError, match=rf"found '{name}'.*measured prefill SMs: 8, 16, 24$"):
         make_policy(name, ConstantCost(1, 1, device_sms=32), SLO)
 
 
-@pytest.mark.parametrize("name", ["", "best", "exclusive-8", "Static-8"])
+@pytest.mark.parametrize("name", ["chunked-0", "chunked-601"])
+def test_a_chunk_beyond_what_was_measured_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"found '{name}'; expected .* N from 1 to the 600 tokens measured$"):
+        make_policy(name, ConstantCost(1, 1, chunk_tokens=600), SLO)
+    assert make_policy("chunked-600", ConstantCost(1, 1, chunk_tokens=600), SLO).name == "chunked-600"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "best", "exclusive-8", "Static-8", "static", "static-", "static-064", "static-x", "priority-8"]
+)
 def test_an_unknown_policy_is_refused_with_the_names(name: str) -> None:
-    with pytest.raises(InputError, match=rf"found '{name}'; expected exclusive, static-N .* or adaptive$"):
+    names = r"one of exclusive, exclusive-decode, static-N \(prefill SMs\), .*, adaptive"
+    with pytest.raises(InputError, match=rf"found '{name}'; expected {names}$"):
         make_policy(name, ConstantCost(1, 1), SLO)
 
 
@@ -191,9 +227,9 @@ def test_a_load_says_nothing_of_output_lengths() -> None:
     assert not [field.name for field in fields(Load) if "output" in field.name]
 
 
-@given(loads, st.sampled_from(["exclusive", "static-64", "adaptive"]))
-def test_a_policy_decides_for_the_whole_device_or_a_split_that_it_said_it_can_choose(load: Load, name: str) -> None:
+@given(loads, st.sampled_from(["exclusive", "static-64", "capped-64", "priority", "chunked-512", "adaptive"]))
+def test_a_policy_decides_for_the_whole_device_or_for_what_it_said_it_can_choose(load: Load, name: str) -> None:
     cost = AmdahlCost()
     policy = make_policy(name, cost, SLO)
     assert policy.decide(load) in (FULL, *chosen(policy, cost))
-    assert len(chosen(policy, cost)) == {"exclusive": 0, "static-64": 1, "adaptive": len(cost.splits)}[name]
+    assert len(chosen(policy, cost)) == {"exclusive": 0, "adaptive": len(cost.splits)}.get(name, 1)

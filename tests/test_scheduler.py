@@ -367,13 +367,131 @@ def test_the_policy_is_told_the_last_split_also_after_a_phase_had_the_whole_devi
     assert policy.loads[-1].split == both
 
 
-@pytest.mark.parametrize("both", [Allocation(Mode.SPLIT, 16, 24), Allocation(Mode.CAPPED, 16, 32)])
-def test_an_allocation_beyond_the_device_or_of_another_mode_is_refused(both: Allocation) -> None:
+@pytest.mark.parametrize(
+    "both", [Allocation(Mode.SPLIT, 16, 24), Allocation(Mode.CAPPED, 16, 33), Allocation(Mode.MIXED, 32, 32)]
+)
+def test_an_allocation_beyond_the_device_or_without_a_token_for_a_fused_batch_is_refused(both: Allocation) -> None:
     bench = Bench(Asked(both))
     bench.decode(4)
     bench.add(4)
-    with pytest.raises(ValueError, match=r"policy asked chose .*; expected split or exclusive on 32 SMs"):
+    with pytest.raises(ValueError, match=r"policy asked chose .*; expected at most 32 SMs, and a fused batch of"):
         bench.plan()
+
+
+@pytest.mark.parametrize("policy", ["capped-16", "priority"])
+def test_capped_and_priority_start_prefill_beside_a_decode_run_that_goes_on(policy: str) -> None:
+    bench = Bench(policy, decode_steps=9)
+    decode = bench.decode(4)
+    bench.add(4)
+    prefill = bench.launch(Phase.PREFILL)
+    assert (prefill.sms, decode.sms) == ({"capped-16": 16, "priority": 32}[policy], 32)
+    assert prefill.allocation == decode.allocation
+
+
+def test_decode_first_prefills_only_when_nothing_decodes() -> None:
+    bench = Bench("exclusive-decode")
+    decode = bench.decode(4)
+    bench.add(4)
+    assert bench.plan() == Plan()
+    bench.end(decode, 3)
+    again = bench.launch(Phase.DECODE)
+    bench.end(again, 1, finished=(0,))
+    assert ids(bench.launch(Phase.PREFILL)) == [1]
+
+
+# Fused batches
+
+
+def test_a_fused_step_has_a_token_for_all_that_decode_then_pieces_of_prompts_up_to_the_chunk() -> None:
+    bench = Bench("chunked-8")
+    bench.add(5)
+    first = bench.launch(Phase.MIXED)
+    assert (first.decodes, first.new_tokens, first.emits, first.max_steps) == (0, (5,), (True,), 1)
+    bench.add(4, 9)
+    assert bench.plan() == Plan()
+    bench.end(first)
+    both = bench.launch(Phase.MIXED)
+    assert (ids(both), both.decodes) == ([0, 1, 2], 1)
+    assert (both.new_tokens, both.context_lens, both.emits) == ((1, 4, 3), (5, 0, 0), (True, True, False))
+    assert (both.sms, both.allocation.name) == (SMS, "mixed")
+    bench.end(both)
+    third = bench.launch(Phase.MIXED)
+    assert (ids(third), third.decodes) == ([0, 1, 2], 2)
+    assert (third.new_tokens, third.context_lens, third.emits) == ((1, 1, 6), (6, 4, 3), (True, True, True))
+    bench.end(third, finished=(1, 2))
+    alone = bench.launch(Phase.DECODE)
+    assert (ids(alone), alone.context_lens) == ([0], (7,))
+    assert bench.scheduler.blocks.used == 2
+
+
+def test_in_chunked_prefill_decode_goes_on_by_itself_until_a_prompt_comes_and_then_yields() -> None:
+    bench = Bench("chunked-8")
+    bench.add(4)
+    bench.end(bench.launch(Phase.MIXED))
+    decode = bench.launch(Phase.DECODE)
+    assert decode.max_steps > 1
+    bench.add(4)
+    assert bench.plan(steps=2).yields == (decode.id,)
+    assert bench.plan(steps=2) == Plan()
+    bench.end(decode, 3)
+    assert bench.launch(Phase.MIXED).context_lens == (7, 0)
+    assert bench.scheduler.switches == 0
+
+
+def test_a_fused_step_is_no_larger_than_a_batch_may_be_and_decode_alone_may_fill_it() -> None:
+    bench = Bench("chunked-100", max_num_batched_tokens=3)
+    bench.add(2, 2)
+    run = bench.launch(Phase.MIXED)
+    assert run.new_tokens == (2, 1)
+    bench.end(run)
+    run = bench.launch(Phase.MIXED)
+    assert (run.new_tokens, run.decodes) == ((1, 1), 1)
+    bench.end(run)
+    bench.add(1)
+    run = bench.launch(Phase.MIXED)
+    assert (run.new_tokens, run.decodes) == ((1, 1, 1), 2)
+    bench.end(run)
+    bench.add(1)
+    assert bench.launch(Phase.DECODE).new_tokens == (1, 1, 1)  # each of the three decodes, and no token is left
+
+
+def test_in_a_fused_step_decoding_sequences_grow_first_and_the_latest_is_preempted() -> None:
+    bench = Bench("chunked-5", num_blocks=4, block_size=4)
+    bench.add(7, 7)
+    for new_tokens in ((5,), (2, 3), (1, 4)):
+        run = bench.launch(Phase.MIXED)
+        assert run.new_tokens == new_tokens
+        bench.end(run)
+    run = bench.launch(Phase.MIXED)  # the ninth token of the first takes a third block, which leaves one
+    assert bench.scheduler.preemptions == 1
+    assert (ids(run), run.decodes, run.new_tokens, run.context_lens) == ([0, 1], 1, (1, 4), (8, 0))
+
+
+def test_layers_that_were_stopped_are_finished_before_fused_steps_begin() -> None:
+    fused = Allocation(Mode.MIXED, SMS, SMS, 8)
+
+    class Changing:
+        name = "changing"
+
+        def decide(self, load: Load) -> Allocation:
+            return SPLIT if load.waiting_requests == 0 else fused
+
+    bench = Bench(Changing())
+    bench.add(4)
+    bench.end(bench.launch(Phase.MIXED))
+    bench.end(bench.launch(Phase.DECODE), 2)
+    bench.scheduler.policy = Asked()
+    bench.add(4)
+    decode, prefill = bench.plan().launches
+    bench.scheduler.policy = Changing()
+    bench.add(4)
+    bench.end(decode, 1, finished=(0,))
+    assert bench.plan().yields == (prefill.id,)
+    bench.end(prefill, 1)
+    rest = bench.launch(Phase.PREFILL)
+    assert (ids(rest), rest.max_steps, rest.allocation) == ([1], LAYERS - 1, fused)
+    bench.end(rest)
+    assert ids(bench.launch(Phase.MIXED)) == [1, 2]
 
 
 # Misuse

@@ -9,12 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Mode, Phase, PrefillShape, Request, Run
+from semipd.core import (
+    Allocation,
+    DecodeShape,
+    FloatArray,
+    IntArray,
+    Mode,
+    Overheads,
+    Phase,
+    PrefillShape,
+    Request,
+    Run,
+)
 from semipd.cost import ConstantCost, CostModel
 from semipd.sim import STRETCH_STEPS, SimExecutor
 
 SPLIT = Allocation(Mode.SPLIT, 64, 68)
 FULL = Allocation(Mode.EXCLUSIVE, 132, 132)
+FUSED = Allocation(Mode.MIXED, 132, 132, 64)
 ENDLESS = 10**15
 
 
@@ -45,6 +57,12 @@ class Contended:
         self.seen.append(beside)
         return self.layer_s * shape.tokens * self.prefill_slower, beside.kv_tokens > self.outside
 
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        if decode is None:
+            return self.layers * self.layer_s * chunk.tokens, False
+        self.seen.append(decode)
+        return self.layers * self.layer_s * chunk.tokens + self.step_s, decode.kv_tokens > self.outside
+
     def decode_s(
         self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
     ) -> tuple[FloatArray, int]:
@@ -69,6 +87,15 @@ def decode(
     requests = tuple(Request(i, 0.0, 1, ENDLESS) for i in range(len(context_lens)))
     ones = (1,) * len(requests)
     return Run(run_id, Phase.DECODE, requests, ones, context_lens, at.decode_sms, steps, at)
+
+
+def fused(run_id: int = 3, decoding: tuple[int, ...] = (), piece: int = 2) -> Run:
+    """Decoding sequences of so many cached tokens, whose prompts were one, and a piece of a prompt."""
+    n = len(decoding)
+    requests = tuple(Request(i, 0.0, 1, ENDLESS) for i in range(n + 1))
+    return Run(
+        run_id, Phase.MIXED, requests, (1,) * n + (piece,), (*decoding, 0), 132, 1, FUSED, (True,) * n + (False,), n
+    )
 
 
 def ends(executor: SimExecutor, runs: int) -> dict[int, list[float]]:
@@ -121,6 +148,18 @@ def test_an_exclusive_run_has_the_device_for_itself() -> None:
     executor.launch(prefill(at=FULL))
     with pytest.raises(ValueError, match="whole device"):
         executor.launch(decode(at=FULL))
+
+
+def test_a_fused_step_is_priced_by_its_pieces_and_the_sequences_that_decode() -> None:
+    cost = Contended(outside=15)
+    executor = SimExecutor(cost)
+    executor.launch(fused(1, decoding=(9, 5)))
+    (record,) = executor.wait(None)
+    assert (record.ends_s.tolist(), record.lookups, record.extrapolated) == ([2 * 4 + 1.0], 1, 1)
+    assert cost.seen == [DecodeShape(2, 9 + 5 + 2)]
+    executor.launch(fused(2, piece=3))
+    (record,) = executor.wait(None)
+    assert (record.ends_s.tolist(), record.lookups, record.extrapolated) == ([9.0 + 3 * 4], 1, 0)
 
 
 def test_a_partition_without_a_price_is_named() -> None:
@@ -192,6 +231,61 @@ def test_a_run_that_ends_at_the_time_waited_for_is_returned() -> None:
     executor.launch(prefill(layers=3))
     assert executor.wait(2.0) == []
     assert [record.end_s for record in executor.wait(3.0)] == [3.0]
+
+
+# Overheads, by hand
+
+
+OVERHEADS = Overheads(prefill_start_ms=250.0, decode_start_ms=500.0, mixed_start_ms=2000.0, switch_ms=4000.0)
+
+
+def test_a_run_begins_after_the_host_has_started_it_and_one_that_goes_on_begins_at_once() -> None:
+    executor = SimExecutor(ConstantCost(1.0, 1.0), OVERHEADS)
+    executor.launch(decode(1, 2))
+    executor.launch(prefill(2, layers=2))
+    assert ends(executor, 2) == {1: [1.5, 2.5], 2: [1.25, 2.25]}
+    executor.launch(decode(3, 2, (11,)))  # goes on: nine cached tokens and two steps
+    executor.launch(prefill(4, layers=1, name=7))
+    assert ends(executor, 2) == {3: [3.5, 4.5], 4: [3.75]}
+    executor.launch(decode(5, 1, (11, 13)))
+    assert ends(executor, 1) == {5: [6.0]}
+
+
+def test_prefill_that_was_stopped_between_two_layers_goes_on_at_once() -> None:
+    executor = SimExecutor(ConstantCost(1.0, 1.0), OVERHEADS)
+    executor.launch(prefill(1, layers=4))
+    executor.yield_(1)
+    executor.wait(None)
+    executor.launch(prefill(2, layers=3))
+    assert ends(executor, 1) == {2: [2.25, 3.25, 4.25]}
+
+
+def test_what_is_launched_within_a_switch_begins_after_it() -> None:
+    executor = SimExecutor(ConstantCost(1.0, 1.0), OVERHEADS)
+    executor.launch(decode(1, 1))
+    assert ends(executor, 1) == {1: [1.5]}
+    executor.launch(decode(2, 1, (10,), at=Allocation(Mode.CAPPED, 64, 132)))
+    executor.wait(2.0)
+    executor.launch(prefill(3, layers=1, at=Allocation(Mode.CAPPED, 64, 132)))
+    assert ends(executor, 2) == {2: [1.5 + 4 + 0.5 + 1], 3: [1.5 + 4 + 0.25 + 1]}
+
+
+def test_every_fused_step_is_started_by_the_host() -> None:
+    executor = SimExecutor(Contended(), OVERHEADS)
+    for run_id, end_s in ((1, 2.0 + 8), (2, 10 + 2.0 + 8)):
+        executor.launch(fused(run_id))
+        assert ends(executor, 1) == {run_id: [end_s]}
+
+
+def test_the_work_of_a_run_that_has_yet_to_begin_is_not_slowed_down() -> None:
+    executor = SimExecutor(Contended(decode_slower=3.0), OVERHEADS)
+    executor.launch(decode(1, 2))  # begins at 0.5
+    executor.wait(0.25)
+    executor.launch(prefill(2, layers=1))  # from 0.5 to 1.5, in which a third of a step is done
+    records = {record.run.id: record for _ in range(2) for record in executor.wait(None)}
+    assert records[2].ends_s.tolist() == [1.5]
+    assert records[1].ends_s.tolist() == pytest.approx([1.5 + 2 / 3, 2.5 + 2 / 3])
+    assert records[1].lookups == 3
 
 
 # What a phase sees of the other

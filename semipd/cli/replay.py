@@ -79,7 +79,8 @@ def compare(
     trace: Annotated[str | None, typer.Option(metavar="F", help="Trace file, or the name of a shipped one.")] = None,
     profile: Annotated[str | None, typer.Option(metavar="P", help="Profile: a shipped name or a folder.")] = None,
     policies: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Only these: exclusive, static-N, adaptive.  [default: all]")
+        str | None,
+        typer.Option(metavar="A,B", help="Only these, such as exclusive,static-64.  [default: all]"),
     ] = None,
     rate_scale: Annotated[float | None, typer.Option(help="Multiply the arrival rate.")] = None,
     slo: Annotated[str | None, typer.Option(metavar="NAME", help="Latency targets: the name of a preset.")] = None,
@@ -164,7 +165,7 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
     if name is ExecutorName.SIM:
         from semipd.sim import SimExecutor
 
-        simulated = SimExecutor(setup.cost)
+        simulated = SimExecutor(setup.cost, setup.profile.overheads)
         yield (
             simulated,
             Scheduler(setup.scheduler, policy, device_sms=setup.cost.device_sms, layers=setup.cost.layers),
@@ -198,7 +199,7 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
-        prefill_sms=[split.prefill_sms for split in setup.cost.splits],
+        prefill_sms=sorted({at.prefill_sms for at in setup.cost.allocations} - {setup.cost.device_sms}),
     ) as opened:
         limits = replace(setup.scheduler, num_blocks=opened.num_blocks)
         sms = setup.cost.device_sms

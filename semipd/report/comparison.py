@@ -52,10 +52,11 @@ def _title(trace: str, operations: Sequence[str], run: Summary, rate_rps: float 
 def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("\npolicy", no_wrap=True)
-    for name in (*_COLUMNS, "SLO\n%", "good\nrps", "\nswitch", "split\n%", "full\n%", "idle\n%"):
+    for name in (*_COLUMNS, "SLO\n%", "good\nrps", "\nswitch", "both\n%", "idle\n%"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        full, idle = run.time_in_split.get("full", 0.0), run.time_in_split.get("idle", 0.0)
+        idle = run.time_in_split.get("idle", 0.0)
+        both = 1 - idle - run.time_in_split.get("full", 0.0)
         table.add_row(
             f"{run.policy} {marks.get(run.policy, '')}".rstrip(),
             *_percentiles(run.ttft_s, 1.0, 3),
@@ -63,7 +64,7 @@ def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:
             "-" if run.slo_attainment is None else f"{100 * run.slo_attainment:.1f}",
             "-" if run.goodput_rps is None else _number(run.goodput_rps),
             f"{run.switches}",
-            *(f"{100 * share:.0f}" for share in (1 - full - idle, full, idle)),
+            *(f"{100 * share:.0f}" for share in (both, idle)),
         )
     return table
 
@@ -72,6 +73,8 @@ def _notes(found: Comparison) -> Text:
     lines = ["", f"{TAKE} {found.reason}"]
     if found.best_static is not None and found.best_static != found.recommended:
         lines.append(f"{STATIC} the best static split: {found.best_static}.")
+    if found.against_chunked is not None:
+        lines.append(found.against_chunked)
     lines += [f"Time in split of adaptive: {_splits(run)}." for run in found.runs if run.policy == "adaptive"]
     return Text("\n".join([*lines, *_caveats(found.runs, found.profile, found.predicted_by)]))
 
@@ -79,14 +82,18 @@ def _notes(found: Comparison) -> Text:
 def _caveats(runs: Sequence[Summary], profile: Profile, predicted_by: str, ran: str | None = None) -> list[str]:
     """What one has to know to read the figures: what was simulated, by which predictor, and where it stops."""
     lines = [
-        "SLO %: requests that met both targets, good rps: these per second; switch: changes of the partitions; "
-        "split, full, idle %: of the time, in a split, on the whole device, with nothing in flight.",
+        "SLO %: requests that met both targets, good rps: these per second; switch: changes of the allocation; both %: "
+        "of the time, at an allocation that lets both phases run at once; idle %: with nothing in flight.",
         f"Simulated on {profile.device}, {profile.name}. {profile.description}" if ran is None else ran,
     ]
     if ran is None and any(run.policy == "adaptive" for run in runs):
         lines.append(f"adaptive predicts with {predicted_by}.")
     if ran is None and any(run.switches for run in runs):
-        lines.append("A switch costs the wait until both phases reach a boundary, and nothing else.")
+        lines.append(
+            f"A switch costs the wait until both phases reach a boundary, and {profile.overheads.switch_ms:g} ms."
+            if profile.overheads.switch_ms
+            else "A switch costs the wait until both phases reach a boundary, and nothing else."
+        )
     lost = [f"{run.policy} {run.requests - run.completed:,}" for run in runs if run.completed < run.requests]
     if lost:
         lines.append(f"Requests dropped or not completed: {', '.join(lost)}.")
