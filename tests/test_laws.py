@@ -23,7 +23,7 @@ from semipd.policies import Policy, make_policy, whole_device
 from semipd.scheduler import Plan, Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor
 
-POLICIES = (
+STEADY = (
     "exclusive",
     "exclusive-decode",
     "static-8",
@@ -37,8 +37,8 @@ POLICIES = (
     "chunked-6",
     "chunked-16",
     "adaptive",
-    "restless",
 )
+POLICIES = (*STEADY, *("restless",) * 5)  # which reaches what none of the others does, if seldom
 
 
 class Restless:
@@ -233,7 +233,7 @@ def has_its_turn(run: Run, config: SchedulerConfig) -> bool:
 
 
 @settings(max_examples=300, deadline=None)
-@given(scenarios(roomy=True, policies=POLICIES[:-1]))
+@given(scenarios(roomy=True, policies=STEADY))
 def test_law_5_a_phase_with_runnable_work_idles_only_for_a_switch_or_while_the_other_has_its_turn(
     scenario: Scenario,
 ) -> None:
@@ -327,7 +327,7 @@ def test_law_9_with_fixed_service_times_the_mean_wait_is_that_of_an_m_d_1_queue(
     assert waits_s == pytest.approx(walk_s - np.minimum.accumulate(np.minimum(walk_s, 0.0)), abs=1e-6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(scenario=scenarios(), decode_steps=st.integers(1, 3))
 def test_law_10_coarse_decode_runs_give_the_same_result_as_short_ones(scenario: Scenario, decode_steps: int) -> None:
     coarse, coarse_records = scenario.play()
@@ -346,7 +346,7 @@ PREFILLED_TWICE_ON_END = Scenario(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2500, deadline=None)
 @given(scenarios())
 @example(PREFILLED_TWICE_ON_END)
 def test_scheduler_and_simulator_agree_with_a_brute_force_model_of_the_whole_system(scenario: Scenario) -> None:
