@@ -214,6 +214,8 @@ def _either(one: dict[str, object], grid: dict[str, object]) -> None:
 Backend = Literal["fa2", "fa3", "fa3-sized"]
 Backends = Annotated[tuple[Backend, ...], Field(min_length=1)]
 SharedMode = Literal["split", "capped", "priority", "streams"]
+ProfileMode = Literal["split", "capped", "priority", "mixed"]
+Axis = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class FixedWork(Strict):
@@ -280,6 +282,87 @@ class HybridSweep(SweepConfig):
             raise ValueError("work is null and contention false, which leaves nothing to measure")
         if self.work is not None and not (self.prefill.seqs and self.decode.batch):
             raise ValueError("fixed work needs one prefill and one decode batch; with a grid set work to null")
+        return self
+
+
+class PrefillAxes(Strict):
+    """Where a rectangle of prefill batches starts: new tokens, and the keys that each attends to on average."""
+
+    tokens: Axis
+    mean_context: Axis
+
+    @property
+    def values(self) -> tuple[tuple[int, ...], ...]:
+        """In the order of the names."""
+        return self.tokens, self.mean_context
+
+
+class DecodeAxes(Strict):
+    """Where a rectangle of decode batches starts: sequences, and the cached tokens that they read together."""
+
+    batch: Axis
+    kv_tokens: Axis
+
+    @property
+    def values(self) -> tuple[tuple[int, ...], ...]:
+        """In the order of the names."""
+        return self.batch, self.kv_tokens
+
+
+class ProfileConfig(Strict):
+    """What ``semipd profile`` measures of a model.
+
+    ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
+    ``decode``: each phase alone; ``both_prefill``, ``both_decode``: both at once. From these rectangles on, values
+    are added to an axis where the cost model errs by more than ``tolerance``, as time allows. ``settle_ms``: load before a
+    measurement; ``measure_ms``: its length, and with long steps at most about ``limit_ms``. ``holdout``: random points
+    to measure at last, and to hold the cost model against. ``peak_tflops``, ``peak_tbps``: of the device, to estimate how
+    long it will take. KV tokens that do not fit into memory are left out. ``backends``: attention kernels that prefill may
+    use, of which the fastest is taken on each partition.
+    """
+
+    prefill_sms: Axis = (16, 32, 48, 56, 64, 72, 80, 96, 112)
+    capped_sms: tuple[Positive, ...] = (32, 64, 96)
+    modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
+    prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 2048, 8192), mean_context=(64, 4096, 32768))
+    decode: DecodeAxes = DecodeAxes(batch=(1, 8, 64, 128, 256), kv_tokens=(512, 65536, 262144, 655360))
+    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 16384))
+    both_decode: DecodeAxes = DecodeAxes(batch=(8, 256), kv_tokens=(512, 131072, 524288))
+    backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
+    tolerance: PositiveFloat = 0.02
+    settle_ms: NotNegative = 20.0
+    measure_ms: PositiveFloat = 50.0
+    limit_ms: PositiveFloat = 400.0
+    holdout: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    limit_s: PositiveFloat | None = None
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive = 8192
+    block_size: Positive = 16
+    num_blocks: Positive | None = None
+    peak_tflops: PositiveFloat = 700.0
+    peak_tbps: PositiveFloat = 4.2
+
+    @model_validator(mode="after")
+    def _can_run(self) -> ProfileConfig:
+        for name, axes in (("prefill", self.prefill), ("both_prefill", self.both_prefill)):
+            if max(axes.tokens) > self.max_num_batched_tokens:
+                raise ValueError(
+                    f"{name}.tokens: found {max(axes.tokens)}; expected at most max_num_batched_tokens, "
+                    f"{self.max_num_batched_tokens}"
+                )
+        for name, axes in (("decode", self.decode), ("both_decode", self.both_decode)):
+            if max(axes.batch) > self.max_num_seqs:
+                raise ValueError(
+                    f"{name}.batch: found {max(axes.batch)}; expected at most max_num_seqs, {self.max_num_seqs}"
+                )
+            if min(axes.kv_tokens) < 2 * max(axes.batch):
+                raise ValueError(
+                    f"{name}.kv_tokens: found {min(axes.kv_tokens)}; expected at least two for each of "
+                    f"{max(axes.batch)} sequences"
+                )
+        if "split" not in self.modes:
+            raise ValueError("modes: split is missing; a profile has at least the splits")
         return self
 
 

@@ -44,6 +44,10 @@ class Engine:
             self._prefill_plans[sms] = self._attention.prefill(sms)
         return self._prefill_plans[sms]
 
+    def forget_prefill_plan(self, sms: int) -> None:
+        """Have the plan of that partition made anew: another backend may have been chosen for it."""
+        self._prefill_plans.pop(sms, None)
+
     def mixed_plan(self) -> AttentionPlan:
         """Attention of fused batches, on the whole device."""
         if self._mixed_plan is None:

@@ -124,3 +124,10 @@ class PagedKvCache:
         """Store the rows of keys and values, each [rows, kv_heads, head_dim], at these slots."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def randomise(self, seed: int) -> None:
+        """Fill the cache with standard normal values."""
+        generator = torch.Generator(self.keys.device).manual_seed(seed)
+        for tensor in (self.keys, self.values):
+            for layer in tensor:  # one at a time: generators work in float32 aside
+                layer.normal_(generator=generator)

@@ -19,6 +19,12 @@ def random_prompts(vocab_size: int, seed: int = 0) -> Prompts:
     return lambda request: np.random.default_rng((seed, request.id)).integers(vocab_size, size=request.prompt_len)
 
 
+def pooled_prompts(vocab_size: int, longest: int, seed: int = 0) -> Prompts:
+    """Prompts of up to ``longest`` tokens that are pieces of one random text: to be had for nothing."""
+    text = np.random.default_rng(seed).integers(vocab_size, size=2 * longest)
+    return lambda request: text[request.id % longest :][: request.prompt_len]
+
+
 @dataclass(eq=False)
 class History:
     """A request's tokens, and how many of them are in the KV cache."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import typing
@@ -255,7 +256,37 @@ class TotalPoint:
         )  # fmt: skip
 
 
-Point = TypeVar("Point", PrefillPoint, DecodePoint, HybridPoint, MixedPoint, TotalPoint)
+@dataclass(frozen=True, slots=True)
+class HoldoutPoint:
+    """One row of held-out measurements: a ragged batch of ``phase``, milliseconds of one layer.
+
+    ``new_tokens`` and ``context_lens``, of each prompt, and ``decode_lens``, of each decoding sequence what its new token
+    attends to, are numbers with blanks between them, or ``-`` where that phase is idle. Where neither is, the row is what
+    a layer of ``phase`` takes while the other one runs; or, with ``mixed``, a layer of the fused batch.
+    """
+
+    phase: str
+    mode: str
+    prefill_sms: int
+    decode_sms: int
+    new_tokens: str
+    context_lens: str
+    decode_lens: str
+    steps: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a point the same point on resuming."""
+        return (
+            self.phase, self.mode, self.prefill_sms, self.decode_sms, self.new_tokens, self.context_lens,
+            self.decode_lens,
+        )  # fmt: skip
+
+
+Point = TypeVar("Point", PrefillPoint, DecodePoint, HybridPoint, MixedPoint, TotalPoint, HoldoutPoint)
 
 
 @dataclass(frozen=True)
@@ -417,12 +448,14 @@ class TableWriter(Generic[Point]):
         """Whether the point of this key has been measured."""
         return key in self._done
 
-    def add(self, point: Point) -> None:
-        """Append one point."""
+    def add(self, *points: Point) -> None:
+        """Append points, in one go: an interrupt leaves all of them or none."""
+        rows = io.StringIO()
+        csv.writer(rows, lineterminator="\n").writerows(map(dataclasses.astuple, points))
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(dataclasses.astuple(point))
-        self.points.append(point)
-        self._done.add(point.key)
+            file.write(rows.getvalue())
+        self.points += points
+        self._done.update(point.key for point in points)
 
 
 def partition_counts(device_sms: int, step_sms: int) -> list[int]:

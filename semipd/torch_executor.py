@@ -89,6 +89,8 @@ def open_executor(
             attention = FlashinferAttention(config, cache, max_num_seqs, prefill_backend)
         else:
             attention = TorchAttention(cache)
+        if blank_context:
+            cache.randomise(seed)  # a GPU reads zeros with less power, and so with higher clocks
         executor = TorchExecutor(
             Model(config, weights, cache, FlashinferOps() if device == "cuda" else TorchOps()),
             attention,
@@ -152,7 +154,7 @@ class TorchExecutor:
         max_num_seqs: Most sequences of a decode run.
         prompts: Prompts; random ones by default.
         blank_context: Whether cached tokens need not have been computed: to measure a shape without its history.
-            What was never written is zeros, or another sequence's; unknown tokens are token 0.
+            What was never written is random, or another sequence's; unknown tokens are token 0.
     """
 
     def __init__(
@@ -194,6 +196,11 @@ class TorchExecutor:
     def follow(self, held: Callable[[int], int]) -> None:
         """Who has KV blocks: tokens that a request's sequence has room for, 0 for none (``BlockManager.tokens``)."""
         self.sequences.held = held
+
+    def forget(self, request_ids: Iterable[int]) -> None:
+        """Give up sequences that are not finished and not in flight, with their tokens and KV blocks."""
+        self._stopped = None
+        self.sequences.finish(request_ids)
 
     def tokens(self, request_id: int) -> tuple[int, ...]:
         """The tokens generated for a request so far, in runs that have ended."""

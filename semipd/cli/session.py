@@ -36,13 +36,15 @@ def gpu_bench(config: SweepConfig, command: str) -> Iterator[tuple[Bench, dict[s
     from semipd.partition import Device
 
     Device(0).resource()  # says what is missing in one line, where torch would not
-    from semipd.bench import GpuBench, provenance
+    from semipd.bench import GpuBench
     from semipd.kernels import Gqa
+    from semipd.provenance import provenance
 
     gqa = Gqa(**config.attention.model_dump())
     with GpuBench(gqa, config.step_sms, settle_ms=config.settle_ms, rest_ms=config.rest_ms) as bench:
         load = {"settle_ms": config.settle_ms, "rest_ms": config.rest_ms}
-        yield bench, provenance(gqa, command) | load
+        work = {**config.attention.model_dump(), "layers": 1, "page_size_tokens": 16}
+        yield bench, provenance(work, command) | load
 
 
 @dataclass(frozen=True)

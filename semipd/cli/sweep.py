@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from semipd.cli.progress import watched
 from semipd.cli.session import INTERRUPTED, Session, note, show, show_json
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from semipd.sweep import Point, TableWriter
 
 Schema = TypeVar("Schema", bound="SweepConfig")
-
-NOTE_EVERY_S = 20.0  # without a terminal, progress is a line on stderr this often
 
 app = typer.Typer(help="Measure attention on partitions of the GPU (needs one, and the [gpu] extra).")
 
@@ -249,7 +247,6 @@ def _drive(stages: list[Stage], limit_s: float | None) -> bool:
     from semipd.profiler import within
 
     start_s = time.monotonic()
-    watched = _bars if sys.stderr.isatty() else _notes
     for stage in stages:
         left_s = None if limit_s is None else limit_s - (time.monotonic() - start_s)
         ended = False
@@ -258,32 +255,6 @@ def _drive(stages: list[Stage], limit_s: float | None) -> bool:
         if not ended:
             return False
     return True
-
-
-def _bars(name: str, steps: Iterator[Progress]) -> Iterator[Progress]:
-    """Pass the steps on, with a bar and the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.fields[at]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=None, at="")
-        for step in steps:
-            bar.update(task, completed=step.done, total=step.total, at=step.at)
-            yield step
-
-
-def _notes(name: str, steps: Iterator[Progress]) -> Iterator[Progress]:
-    """Pass the steps on, with a line now and then and the time left at the pace so far."""
-    start_s = noted_s = time.monotonic()
-    for step in steps:
-        now_s = time.monotonic()
-        if now_s - noted_s > NOTE_EVERY_S and step.done:
-            left_s = (now_s - start_s) / step.done * (step.total - step.done)
-            note(f"{name}: {step.done}/{step.total}, about {left_s:.0f} s left, at {step.at}")
-            noted_s = now_s
-        yield step
 
 
 def _finish(

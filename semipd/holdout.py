@@ -1,0 +1,279 @@
+"""Held-out points: random ragged batches that no table is made from, and how far models of their times are off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Mode, Phase, PrefillShape
+from semipd.profiler import Progress
+from semipd.stopwatch import Decodes, Prompts, Stopwatch
+from semipd.sweep import HoldoutPoint, Spread, TableWriter
+
+NONE = "-"
+"""Stands for the batch of a phase that is idle."""
+
+
+class Times(Protocol):
+    """The part of a cost model that is held against measured times."""
+
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        ...
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        """See ``CostModel.prefill_s``."""
+        ...
+
+    def decode_s(
+        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+    ) -> tuple[FloatArray, int]:
+        """See ``CostModel.decode_s``."""
+        ...
+
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        """See ``CostModel.mixed_s``."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoloOnly:
+    """What a model says when what the phases do to each other is left out; a fused step is one after the other."""
+
+    times: Times
+    device: Allocation
+
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return self.times.layers
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        """Alone."""
+        del beside
+        return self.times.prefill_s(shape, at, None)
+
+    def decode_s(
+        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+    ) -> tuple[FloatArray, int]:
+        """Alone."""
+        del beside
+        return self.times.decode_s(batch, kv_tokens, at, None)
+
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        """All layers of the prompts, then the decode step."""
+        seconds, outside = self.times.prefill_s(chunk, self.device, None)
+        seconds *= self.layers
+        if decode is not None:
+            step_s, beyond = self.times.decode_s(decode.batch, np.array([decode.kv_tokens]), self.device, None)
+            seconds, outside = seconds + float(step_s[0]), outside or beyond > 0
+        return seconds, outside
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What to measure: a batch of a phase alone, or of both, at an allocation."""
+
+    at: Allocation
+    prefill: Prompts | None
+    decode: Decodes | None
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Where trials are drawn from: the inside of the tables. Pairs are least and most."""
+
+    tokens: tuple[int, int]
+    mean_context: tuple[int, int]
+    batch: tuple[int, int]
+    kv_tokens: tuple[int, int]
+
+
+def draw(
+    count: int, seed: int, alone: Sequence[Allocation], shared: Sequence[Allocation], solo: Ranges, both: Ranges
+) -> Iterator[Trial]:
+    """Random trials: of five, one is prefill alone, one decode alone, and three are both phases.
+
+    Tokens, contexts, batches and KV tokens are drawn log-uniformly, and dealt unevenly: to up to eight prompts and to all
+    sequences, whose lengths have a standard deviation of about half their mean.
+
+    Args:
+        count: How many.
+        seed: Of the draws.
+        alone: Allocations for one phase.
+        shared: Allocations for both.
+        solo: Of the tables of one phase.
+        both: Of the tables of both.
+    """
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        kind = i % 5
+        ranges, places = (solo, alone) if kind < 2 else (both, shared)
+        at = places[int(rng.integers(len(places)))]
+        prefill = None if kind == 1 else _prompts(rng, ranges)
+        decode = None if kind == 0 else _decodes(rng, ranges)
+        yield Trial(at, prefill, decode)
+
+
+def _prompts(rng: np.random.Generator, ranges: Ranges) -> Prompts:
+    tokens = _log_uniform(rng, ranges.tokens)
+    parts = int(rng.integers(1, 1 + min(8, tokens // 8)))
+    new = _dealt(rng, tokens, parts)
+    own = float((new * new).sum()) / 2 / tokens  # mean context without any cached token
+    mean_context = _log_uniform(rng, ranges.mean_context)
+    context = np.zeros(parts, np.int64)
+    if (cached := mean_context - own) > 0:
+        shares = rng.gamma(4.0, size=parts)
+        context = np.round(cached * shares * tokens / float((shares * new).sum())).astype(np.int64)
+    return Prompts(tuple(new.tolist()), tuple(context.tolist()))
+
+
+def _decodes(rng: np.random.Generator, ranges: Ranges) -> Decodes:
+    batch, kv_tokens = _log_uniform(rng, ranges.batch), _log_uniform(rng, ranges.kv_tokens)
+    return Decodes(tuple(_dealt(rng, max(kv_tokens, 2 * batch), batch, least=2).tolist()))
+
+
+def _dealt(rng: np.random.Generator, total: int, parts: int, least: int = 1) -> IntArray:
+    """Unequal whole parts of a number, of at least ``least``."""
+    shares = rng.gamma(4.0, size=parts)
+    ends = np.round(np.cumsum(shares) / shares.sum() * (total - least * parts)).astype(np.int64)
+    return np.diff(ends, prepend=0) + least
+
+
+def _log_uniform(rng: np.random.Generator, range_: tuple[int, int]) -> int:
+    return int(round(float(np.exp(rng.uniform(np.log(range_[0]), np.log(range_[1]))))))
+
+
+def measure(
+    trials: Sequence[Trial], stopwatch: Stopwatch, table: TableWriter[HoldoutPoint], fits: Callable[[Trial], bool]
+) -> Iterator[Progress]:
+    """Measure the trials that the table lacks and that there is room for."""
+    for done, trial in enumerate(trials):
+        at, prefill, decode = trial.at, trial.prefill, trial.decode
+        phases = [Phase.PREFILL] if prefill else []
+        if decode:
+            phases = [Phase.MIXED] if prefill and at.mode is Mode.MIXED else [*phases, Phase.DECODE]
+        yield Progress(done, len(trials), f"held out, {at.name}")
+        if not fits(trial) or all(table.has(_point(phase, trial, NO_SPREAD).key) for phase in phases):
+            continue
+        spreads: tuple[Spread, ...] = ()
+        if prefill and decode:
+            mixed = at.mode is Mode.MIXED
+            spreads = (stopwatch.mixed(prefill, decode, at),) if mixed else stopwatch.both(prefill, decode, at)
+        elif prefill:
+            spreads = (stopwatch.prefill(prefill, at),)
+        elif decode:
+            spreads = (stopwatch.decode(decode, at),)
+        table.add(*(_point(phase, trial, spread) for phase, spread in zip(phases, spreads, strict=True)))
+    yield Progress(len(trials), len(trials), "done")
+
+
+NO_SPREAD = Spread(1, 1.0, 1.0, 1.0)
+
+
+def _point(phase: Phase, trial: Trial, spread: Spread) -> HoldoutPoint:
+    prefill, decode = trial.prefill, trial.decode
+    return HoldoutPoint(
+        phase=phase.value,
+        mode=trial.at.mode.value,
+        prefill_sms=trial.at.prefill_sms,
+        decode_sms=trial.at.decode_sms,
+        new_tokens=_text(prefill.new_tokens) if prefill else NONE,
+        context_lens=_text(prefill.context_lens) if prefill else NONE,
+        decode_lens=_text(decode.lengths) if decode else NONE,
+        steps=spread.steps,
+        median_ms=spread.median_ms,
+        p10_ms=spread.p10_ms,
+        p90_ms=spread.p90_ms,
+    )
+
+
+def _text(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Predicted / measured - 1 of a model at so many ``points``: median and 95th percentile of the size, and the mean.
+
+    ``outside``: look-ups outside the model's measured grid.
+    """
+
+    points: int
+    median: float
+    p95: float
+    bias: float
+    outside: int
+
+
+GROUPS = ("prefill alone", "prefill beside", "decode alone", "decode beside", "mixed")
+
+
+def errors(points: Sequence[HoldoutPoint], models: Mapping[str, Times], source: Path) -> dict[str, dict[str, Errors]]:
+    """By group and model, how far models are off; groups without points are left out.
+
+    Raises InputError naming the row that cannot be read, KeyError for an allocation that a model does not have.
+    """
+    found: dict[str, dict[str, list[tuple[float, bool]]]] = {}
+    for row, point in enumerate(points, 2):
+        trial = _trial(point, f"{source}: row {row}")
+        beside = trial.prefill is not None and trial.decode is not None
+        group = point.phase if point.phase == Phase.MIXED.value else f"{point.phase} {'beside' if beside else 'alone'}"
+        for name, model in models.items():
+            predicted_ms, outside = predicted(model, point.phase, trial)
+            found.setdefault(group, {}).setdefault(name, []).append((predicted_ms / point.median_ms - 1, outside))
+    return {
+        group: {name: _errors(cases) for name, cases in found[group].items()} for group in GROUPS if group in found
+    }
+
+
+def predicted(model: Times, phase: str, trial: Trial) -> tuple[float, bool]:
+    """Milliseconds of a layer of one of a trial's phases by a model, and whether that was outside its grid."""
+    prefill = trial.prefill.shape if trial.prefill else None
+    decode = trial.decode.shape if trial.decode else None
+    if phase == Phase.MIXED.value and prefill:
+        seconds, outside = model.mixed_s(prefill, decode)
+        return seconds * 1e3 / model.layers, outside
+    if phase == Phase.PREFILL.value and prefill:
+        seconds, outside = model.prefill_s(prefill, trial.at, decode)
+        return seconds * 1e3, outside
+    if decode is None:
+        raise ValueError(f"{phase}: this trial has no such batch")
+    steps_s, beyond = model.decode_s(decode.batch, np.array([decode.kv_tokens]), trial.at, prefill)
+    return float(steps_s[0]) * 1e3 / model.layers, beyond > 0
+
+
+def _errors(cases: Sequence[tuple[float, bool]]) -> Errors:
+    off = np.array([error for error, _ in cases])
+    median, p95 = np.percentile(np.abs(off), [50, 95])
+    return Errors(len(off), float(median), float(p95), float(off.mean()), sum(outside for _, outside in cases))
+
+
+def _trial(point: HoldoutPoint, where: str) -> Trial:
+    phases = {"prefill": (point.new_tokens,), "decode": (point.decode_lens,)}
+    phases["mixed"] = (point.new_tokens, point.decode_lens)
+    if point.phase not in phases or point.mode not in {mode.value for mode in Mode}:
+        raise InputError(
+            f"{where}: phase, mode: found {point.phase}, {point.mode}; expected prefill, decode or mixed, and a mode"
+        )
+    if NONE in phases[point.phase]:
+        raise InputError(f"{where}: found no batch of {point.phase}; expected one")
+    at = Allocation(Mode(point.mode), point.prefill_sms, point.decode_sms)
+    new, context, lengths = (
+        _numbers(getattr(point, name), f"{where}: {name}") for name in ("new_tokens", "context_lens", "decode_lens")
+    )
+    if len(new) != len(context):
+        raise InputError(f"{where}: context_lens: found {len(context)} numbers; expected {len(new)} as in new_tokens")
+    return Trial(at, Prompts(new, context) if new else None, Decodes(lengths) if lengths else None)
+
+
+def _numbers(text: str, where: str) -> tuple[int, ...]:
+    words = () if text == NONE else text.split(" ")
+    if not all(word.isdecimal() for word in words):
+        raise InputError(f"{where}: found {text[:40]!r}; expected whole numbers, or {NONE} for no batch")
+    return tuple(map(int, words))

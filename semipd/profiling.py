@@ -1,0 +1,318 @@
+"""What a model's profile is measured at, and in which order: first coarse rectangles, then where they err most.
+
+An *area* is one rectangle of one table: a phase alone on one partition, both phases in one way of sharing the device, or
+fused batches. An area, or a value that an axis gets, is saved when all of it is measured: whenever measuring stops, the
+tables hold full rectangles only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from semipd.config import ProfileConfig
+from semipd.core import Allocation, InputError, Mode
+from semipd.cost import CostModel
+from semipd.profiler import Progress
+from semipd.rectangle import Place, Probe, Rectangle
+from semipd.stopwatch import Decodes, Prompts, Stopwatch
+from semipd.sweep import (
+    DecodePoint,
+    DecodeWork,
+    HybridPoint,
+    MixedPoint,
+    PrefillPoint,
+    PrefillWork,
+    Spread,
+    TableWriter,
+)
+
+AXES: Mapping[str, tuple[str, ...]] = {
+    "prefill": ("tokens", "mean_context"),
+    "decode": ("batch", "kv_tokens"),
+    "hybrid": ("tokens", "mean_context", "batch", "kv_tokens"),
+    "mixed": ("tokens", "mean_context", "batch", "kv_tokens"),
+}
+POINTS: Mapping[str, type[Any]] = {
+    "prefill": PrefillPoint,
+    "decode": DecodePoint,
+    "hybrid": HybridPoint,
+    "mixed": MixedPoint,
+}
+Tables = Mapping[str, TableWriter[Any]]
+"""The tables of a profile, by the names of ``AXES``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A table, and where its phases run: ``at`` is any allocation that has the partition of a phase that is alone."""
+
+    table: str
+    at: Allocation
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What its rows have in common."""
+        at = self.at
+        of = {"prefill": (at.prefill_sms,), "decode": (at.decode_sms,), "mixed": ()}
+        return self.table, *of.get(self.table, (at.mode.value, at.prefill_sms, at.decode_sms))
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        sms = {"prefill": f" on {self.at.prefill_sms} SMs", "decode": f" on {self.at.decode_sms} SMs"}
+        return self.table + sms.get(self.table, "" if self.table == "mixed" else f" {self.at.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One measurement: batches of one phase, or of both, in an area."""
+
+    area: Area
+    prefill: PrefillWork | None
+    decode: DecodeWork | None
+
+    @staticmethod
+    def at(area: Area, place: Place) -> Cell:
+        """The measurement at a place of a rectangle. Raises InputError when equal prompts cannot fill it."""
+        values = dict(zip(AXES[area.table], place, strict=True))
+        prefill = PrefillWork.at(values["tokens"], values["mean_context"]) if "tokens" in values else None
+        return Cell(area, prefill, DecodeWork(values["batch"], values["kv_tokens"]) if "batch" in values else None)
+
+    def __str__(self) -> str:
+        words = [self.area.name]
+        if self.prefill:
+            words.append(f"{self.prefill.seqs} x {self.prefill.seq_tokens} after {self.prefill.seq_context}")
+        if self.decode:
+            words.append(f"{self.decode.batch} x {self.decode.kv_tokens / self.decode.batch:.0f}")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Names of the attention kernels, for the tables: prefill's by its SMs, decode's, and that of fused batches."""
+
+    prefill: Callable[[int], str]
+    decode: str
+    mixed: str
+
+
+def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
+    """The coarse rectangles, in the order in which they are measured.
+
+    Phases alone come first, then fused batches, and the ways of sharing from the most even one on.
+
+    Raises InputError for sizes that the device does not have.
+    """
+    for name, sizes in (("prefill_sms", config.prefill_sms), ("capped_sms", config.capped_sms)):
+        for sms in sizes:
+            if sms >= device_sms:
+                raise InputError(f"{name}: found {sms}; expected less than the {device_sms} SMs of the device")
+    if unknown := sorted({*config.capped_sms} - {*config.prefill_sms}):
+        raise InputError(f"capped_sms: found {unknown[0]}; expected sizes that prefill_sms has")
+    whole = Allocation(Mode.EXCLUSIVE, device_sms, device_sms)
+    splits = [Allocation(Mode.SPLIT, n, device_sms - n) for n in sorted(set(config.prefill_sms))]
+    shared = {
+        "split": splits,
+        "capped": [Allocation(Mode.CAPPED, n, device_sms) for n in config.capped_sms],
+        "priority": [Allocation(Mode.PRIORITY, device_sms, device_sms)],
+    }
+    alone = [whole, *reversed(splits)]
+    decode_sizes = {at.decode_sms: at for at in alone}
+    found = {Area("prefill", at): config.prefill.values for at in alone}
+    found |= {Area("decode", at): config.decode.values for at in decode_sizes.values()}
+    both = (*config.both_prefill.values, *config.both_decode.values)
+    if "mixed" in config.modes:
+        mixed = Allocation(Mode.MIXED, device_sms, device_sms, max(config.both_prefill.tokens))
+        found[Area("mixed", mixed)] = both
+    ways = [at for mode in config.modes for at in shared.get(mode, ())]
+    for at in sorted(ways, key=lambda at: (at.mode is not Mode.SPLIT, abs(at.prefill_sms - device_sms / 2))):
+        found[Area("hybrid", at)] = both
+    return {
+        area: Rectangle(AXES[area.table], tuple(tuple(sorted(set(v))) for v in values))
+        for area, values in found.items()
+    }
+
+
+def measured_places(tables: Tables) -> dict[tuple[object, ...], set[Place]]:
+    """The places that tables have, by ``Area.key``."""
+    found: dict[tuple[object, ...], set[Place]] = {}
+    for name, table in tables.items():
+        for point in table.points:
+            key: tuple[object, ...] = (name,)
+            if name in ("prefill", "decode"):
+                key = name, point.sms
+            elif name == "hybrid":
+                key = name, point.mode, point.prefill_sms, point.decode_sms
+            found.setdefault(key, set()).add(tuple(getattr(point, axis) for axis in AXES[name]))
+    return found
+
+
+class Profiling:
+    """Fills the tables of a profile. What they have already is kept: the knots of an earlier refinement, too.
+
+    Args:
+        areas: The coarse rectangles.
+        tables: To fill.
+        stopwatch: Measures.
+        backends: What to write into the tables.
+        fits: Whether there is room for the batches of a measurement.
+    """
+
+    def __init__(
+        self,
+        areas: Mapping[Area, Rectangle],
+        tables: Tables,
+        stopwatch: Stopwatch,
+        backends: Backends,
+        fits: Callable[[Cell], bool] = lambda cell: True,  # noqa: ARG005 - on a device without bounds
+    ) -> None:
+        self._tables, self._stopwatch, self._backends, self._fits = tables, stopwatch, backends, fits
+        self._places = measured_places(tables)
+        self.areas = {
+            area: _widened(rectangle, self._places.get(area.key, set())) for area, rectangle in areas.items()
+        }
+
+    def missing(self) -> dict[Area, list[Cell]]:
+        """What is still to measure of the rectangles."""
+        found = {}
+        for area, rectangle in self.areas.items():
+            have = self._places.get(area.key, set())
+            if cells := [Cell.at(area, place) for place in rectangle.places() if place not in have]:
+                found[area] = cells
+        return found
+
+    def fill(self) -> Iterator[Progress]:
+        """Measure what is missing, area by area."""
+        missing = self.missing()
+        total, done = sum(map(len, missing.values())), 0
+        for area, cells in missing.items():
+            points = []
+            for cell in cells:
+                yield Progress(done, total, str(cell))
+                points.append(self._measure(cell))
+                done += 1
+            self._save(area, points)
+        yield Progress(total, total, "done")
+
+    def refine(
+        self, areas: Iterable[Area], cost: Callable[[], CostModel], tolerance: float
+    ) -> Iterator[tuple[str, float]]:
+        """Give axes more values, each time where the cost model errs most, until it nowhere errs by ``tolerance``.
+
+        Tried is the middle of every interval of every axis, at one place of the other axes. Yields before each
+        measurement what is measured and the largest error that is known.
+        """
+        tried: dict[tuple[Area, Probe], tuple[float, Any]] = {}
+        areas = list(areas)
+        model = cost()
+        while True:
+            candidates = {(area, probe) for area in areas for probe in self._probes(area)}
+            for area, probe in sorted(candidates - tried.keys(), key=_order):
+                cell = Cell.at(area, probe.place)
+                yield f"trying {cell}", max((tried[x][0] for x in candidates & tried.keys()), default=1.0)
+                point = self._measure(cell)
+                tried[area, probe] = relative_error(model, cell, point), point
+            if not candidates:
+                return
+            area, probe = max(sorted(candidates, key=_order), key=lambda x: tried[x][0])
+            worst, tried_point = tried[area, probe]
+            if worst < tolerance:
+                return
+            points = [tried_point]
+            for place in self.areas[area].knot(probe.axis, probe.value):
+                if place != probe.place:
+                    cell = Cell.at(area, place)
+                    yield f"adding {cell}", worst
+                    points.append(self._measure(cell))
+            self._save(area, points)
+            self.areas[area] = self.areas[area].with_knot(probe.axis, probe.value)
+            model = cost()
+
+    def _probes(self, area: Area) -> list[Probe]:
+        rectangle = self.areas[area]
+        return [
+            probe
+            for probe in rectangle.probes(snapped)
+            if self._possible(area, rectangle.knot(probe.axis, probe.value))
+        ]
+
+    def _possible(self, area: Area, places: Sequence[Place]) -> bool:
+        try:
+            return all(self._fits(Cell.at(area, place)) for place in places)
+        except InputError:
+            return False
+
+    def _save(self, area: Area, points: Sequence[Any]) -> None:
+        self._tables[area.table].add(*points)
+        places = {tuple(getattr(point, axis) for axis in AXES[area.table]) for point in points}
+        self._places.setdefault(area.key, set()).update(places)
+
+    def _measure(self, cell: Cell) -> Any:
+        """One row of the cell's table."""
+        watch, at, names = self._stopwatch, cell.area.at, self._backends
+        p, d = cell.prefill, cell.decode
+        if p and d and cell.area.table == "mixed":
+            spread = watch.mixed(Prompts.of(p), Decodes.of(d), at)
+            return MixedPoint(**asdict(p), **asdict(d), backend=names.mixed, **asdict(spread))
+        if p and d:
+            both = watch.both(Prompts.of(p), Decodes.of(d), at)
+            return HybridPoint(
+                mode=at.mode.value,
+                prefill_sms=at.prefill_sms,
+                decode_sms=at.decode_sms,
+                **asdict(p),
+                **asdict(d),
+                prefill_backend=names.prefill(at.prefill_sms),
+                decode_backend=names.decode,
+                **_columns("prefill", both[0]),
+                **_columns("decode", both[1]),
+            )
+        if p:
+            spread, backend = watch.prefill(Prompts.of(p), at), names.prefill(at.prefill_sms)
+            return PrefillPoint(sms=at.prefill_sms, **asdict(p), backend=backend, **asdict(spread))
+        if d:
+            spread = watch.decode(Decodes.of(d), at)
+            return DecodePoint(sms=at.decode_sms, **asdict(d), backend=names.decode, **asdict(spread))
+        raise ValueError("a cell without work")
+
+
+def _order(tried: tuple[Area, Probe]) -> tuple[object, ...]:
+    return (*map(str, tried[0].key), tried[1].axis, tried[1].value)
+
+
+def _columns(phase: str, spread: Spread) -> dict[str, Any]:
+    return {f"{phase}_{name}": value for name, value in asdict(spread).items()}
+
+
+def _widened(rectangle: Rectangle, places: set[Place]) -> Rectangle:
+    """With the values that these places have."""
+    for axis in range(len(rectangle.names)):
+        for value in {place[axis] for place in places}:
+            rectangle = rectangle.with_knot(axis, value)
+    return rectangle
+
+
+def snapped(name: str, value: float) -> int:
+    """The nearest value that it makes sense to measure: whole tiles of tokens, batches that decode is padded to."""
+    if name == "batch" and value < 6:
+        return 4 if value > 3 else 2 if value > 1.5 else 1
+    step = {"tokens": 16 if value < 128 else 128, "mean_context": 64, "batch": 8}.get(name, 64)
+    return max(step, round(value / step) * step)
+
+
+def relative_error(cost: CostModel, cell: Cell, point: Any) -> float:
+    """The larger of how far, relatively, a cost model is off in either phase of a measured row."""
+    at, p, d = cell.area.at, cell.prefill and cell.prefill.shape, cell.decode and cell.decode.shape
+    off = []
+    if p:
+        measured_ms = point.prefill_median_ms if d else point.median_ms
+        off.append(cost.prefill_s(p, at, d)[0] * 1e3 / measured_ms)
+    if d:
+        measured_ms = point.decode_median_ms if p else point.median_ms
+        step_s = cost.decode_s(d.batch, np.array([d.kv_tokens]), at, p)[0][0]
+        off.append(step_s * 1e3 / cost.layers / measured_ms)
+    return max(abs(ratio - 1) for ratio in off)

@@ -1,0 +1,336 @@
+"""How long steps take on an executor: the very runs that a scheduler launches, alone or beside the other phase.
+
+Works with any ``Executor``. What is timed is a *steady state*: runs of a phase follow one another at once, and a step
+counts only if the other phase, where there is one, was in flight while it lasted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from semipd.core import Allocation, DecodeShape, FloatArray, Phase, PrefillShape, Request, Run, StepRecord
+from semipd.executor import Executor
+from semipd.sweep import DecodeWork, PrefillWork, Spread
+
+DECODE_STEPS = 8  # of a decode run; the next one is of the same batch with the same cached tokens
+FIRST_DECODE_ID = 1 << 40  # request ids; those of prompts count from 0
+TICK_S = 0.001
+STEPS = 5  # wanted of each phase
+FEW_STEPS = 2  # are enough when they take so long that the time is up
+BLOCKS = 5
+COVERED = 0.8
+TRIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A prefill batch, ragged: prompt i has ``new_tokens[i]`` after ``context_lens[i]`` cached ones."""
+
+    new_tokens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+
+    @staticmethod
+    def of(work: PrefillWork) -> Prompts:
+        """Equal prompts."""
+        return Prompts((work.seq_tokens,) * work.seqs, (work.seq_context,) * work.seqs)
+
+    @property
+    def shape(self) -> PrefillShape:
+        """As the cost model sees it."""
+        return PrefillShape.of(self.new_tokens, self.context_lens)
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """A decode batch, ragged: the new token of sequence i attends to ``lengths[i]`` tokens, itself included."""
+
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def of(work: DecodeWork) -> Decodes:
+        """Equal sequences."""
+        return Decodes(tuple(work.lengths()))
+
+    @property
+    def shape(self) -> DecodeShape:
+        """As the cost model sees it."""
+        return DecodeShape(len(self.lengths), sum(self.lengths))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps one after the other, with gaps between runs: when each began and ended, shape [n] each."""
+
+    starts_s: FloatArray
+    ends_s: FloatArray
+
+    @property
+    def times_s(self) -> FloatArray:
+        """How long each took."""
+        return self.ends_s - self.starts_s
+
+    def where(self, chosen: FloatArray) -> Steps:
+        """Those for which ``chosen`` is true."""
+        return Steps(self.starts_s[chosen], self.ends_s[chosen])
+
+
+def inner_steps(records: list[StepRecord], layers: int) -> Steps:
+    """The steps that a run's start and end are not part of.
+
+    That is all but the first, which waits for the host to get the run going, and but the last layer of a whole prefill
+    run, which samples. A prefill run of fewer than three layers has no other ones: all of its steps count, from the launch on.
+    """
+    starts, ends = [], []
+    for record in records:
+        bounds = np.concatenate(([record.start_s], record.ends_s))
+        first, stop = 1, record.steps
+        if record.run.phase is Phase.PREFILL:
+            if layers < 3:
+                first = 0
+            elif record.steps == layers:
+                stop -= 1
+        starts.append(bounds[first:stop])
+        ends.append(bounds[first + 1 : stop + 1])
+    return Steps(np.concatenate(starts), np.concatenate(ends))
+
+
+def covered_share(steps: Steps, others: list[StepRecord]) -> FloatArray:
+    """Which share of each step's time runs of the other phase were in flight, from their launch to their last step."""
+    share = np.zeros(len(steps.starts_s))
+    for other in others:
+        share += np.maximum(np.minimum(steps.ends_s, other.end_s) - np.maximum(steps.starts_s, other.start_s), 0.0)
+    return share / np.maximum(steps.times_s, 1e-12)
+
+
+def spread_of(times_ms: FloatArray) -> Spread:
+    """Spread of a step's time over blocks of consecutive steps, which count by their mean.
+
+    Steps beside another phase alternate between fast and slow as its kernels and its host work come and go: their mean
+    is what a run's price is made of. The median over blocks leaves out what happened once.
+    """
+    blocks = np.array_split(times_ms, min(BLOCKS, len(times_ms)))
+    of_blocks = Spread.of(np.array([block.mean() for block in blocks]))
+    return Spread(len(times_ms), of_blocks.median_ms, of_blocks.p10_ms, of_blocks.p90_ms)
+
+
+class Stopwatch:
+    """Times steps on an executor that has nothing else to do. Results are milliseconds of one layer.
+
+    A prefill layer's time is that of the layers between the first and the last, and its part of the last one's
+    surplus (final norm, logits, sampling), which is measured once for each partition: so a run's price is its layers times
+    that. What a run takes until its first step begins is in no step; see ``starts_ms``.
+
+    Args:
+        executor: Where runs are launched.
+        layers: Of the model.
+        forget: Told the ids of requests that will not go on.
+        settle_s: Load before the steps that count.
+        measure_s: Load with steps that count, at least.
+        limit_s: After which a few steps have to do.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        layers: int,
+        *,
+        forget: Callable[[tuple[int, ...]], None] = lambda ids: None,  # noqa: ARG005 - nothing is kept
+        settle_s: float = 0.02,
+        measure_s: float = 0.05,
+        limit_s: float = 0.4,
+    ) -> None:
+        self.layers = layers
+        self._executor, self._forget = executor, forget
+        self._settle_s, self._measure_s, self._limit_s = settle_s, measure_s, limit_s
+        self._runs = 0
+        self._sampling_s: dict[Allocation, float] = {}
+        self._starts_s: dict[Phase, list[float]] = {phase: [] for phase in Phase}
+
+    def prefill(self, batch: Prompts, at: Allocation) -> Spread:
+        """A layer of the batch, alone on its partition."""
+        sampling_s = self._sampling(at)
+        records = self._steady({Phase.PREFILL: self._prefill(batch, at)})[Phase.PREFILL]
+        times_s = self._alone(records)
+        return spread_of((times_s + sampling_s / self.layers) * 1e3)
+
+    def decode(self, batch: Decodes, at: Allocation) -> Spread:
+        """A layer of a decode step, alone on its partition."""
+        records = self._steady({Phase.DECODE: self._decode(batch, at)})[Phase.DECODE]
+        return spread_of(self._alone(records) / self.layers * 1e3)
+
+    def both(self, prefill: Prompts, decode: Decodes, at: Allocation) -> tuple[Spread, Spread]:
+        """A layer of each phase while the other runs.
+
+        Raises RuntimeError when they could not be kept running together.
+        """
+        sampling_s = self._sampling(at)
+        works = {Phase.DECODE: self._decode(decode, at), Phase.PREFILL: self._prefill(prefill, at)}
+        found: dict[Phase, FloatArray] = {}
+        for tries in range(1, TRIES + 1):
+            records = self._steady(works, longer=tries)
+            for phase, other in ((Phase.PREFILL, Phase.DECODE), (Phase.DECODE, Phase.PREFILL)):
+                steps = self._settled(records[phase])
+                found[phase] = steps.where(covered_share(steps, records[other]) >= COVERED).times_s
+            if min(map(len, found.values())) >= FEW_STEPS:
+                break
+        if min(map(len, found.values())) == 0:
+            raise RuntimeError(f"at {at.name} the two phases could not be kept running together")
+        return (
+            spread_of((found[Phase.PREFILL] + sampling_s / self.layers) * 1e3),
+            spread_of(found[Phase.DECODE] / self.layers * 1e3),
+        )
+
+    def mixed(self, prefill: Prompts, decode: Decodes, at: Allocation) -> Spread:
+        """A fused step of both, divided by the layers; from its launch on, as every step is a run of its own."""
+        records = self._steady({Phase.MIXED: self._mixed(prefill, decode, at)})[Phase.MIXED]
+        gaps = [after.start_s - before.end_s for before, after in zip(records, records[1:], strict=False)]
+        self._starts_s[Phase.MIXED] += gaps
+        settled = [r for r in records if r.start_s >= records[0].start_s + self._settle_s]
+        times_s = np.array([r.end_s - r.start_s for r in settled or records[1:]])
+        return spread_of(times_s / self.layers * 1e3)
+
+    def switch_s(self, batch: Prompts, one: Allocation, other: Allocation, times: int = 10) -> float:
+        """What the start of a prefill run takes longer, in the median, after a run at another allocation.
+
+        Zero when it takes no longer.
+        """
+        first_ends = {}
+        for pair in ((one, one), (one, other)):
+            taken = []
+            last_s = None
+            for at in (pair * times)[: 2 * times]:
+                record = self._whole_run(self._prefill(batch, at))
+                if last_s is not None:
+                    taken.append(record.ends_s[0] - last_s)
+                last_s = record.end_s
+            first_ends[pair] = float(np.median(taken))
+        return max(0.0, first_ends[one, other] - first_ends[one, one])
+
+    def start_ms(self, phase: Phase) -> float:
+        """Median time that passed between two runs of a phase, alone, that is in no step; 0 when none was seen."""
+        found = self._starts_s[phase]
+        return max(0.0, round(float(np.median(found)) * 1e3, 6)) if found else 0.0
+
+    def _sampling(self, at: Allocation) -> float:
+        """Seconds that the last layer takes longer than another one, on the partition of prefill."""
+        if at not in self._sampling_s:
+            surplus: list[float] = []
+            if self.layers >= 3:
+                batch = Prompts((16,), (0,))
+                self._whole_run(self._prefill(batch, at))  # what is made at first use
+                for _ in range(STEPS):
+                    times_s = np.diff(self._whole_run(self._prefill(batch, at)).ends_s)
+                    surplus.append(times_s[-1] - np.mean(times_s[:-1]))
+            self._sampling_s[at] = max(0.0, float(np.median(surplus))) if surplus else 0.0
+        return self._sampling_s[at]
+
+    def _alone(self, records: list[StepRecord]) -> FloatArray:
+        """Times of the steps that count of a phase that was alone; what lies between its runs is noted."""
+        times_s = self._settled(records).times_s
+        if self.layers >= 3 or records[0].run.phase is Phase.DECODE:
+            for before, after in zip(records, records[1:], strict=False):
+                self._starts_s[after.run.phase].append(after.ends_s[0] - before.end_s - float(np.median(times_s)))
+        return times_s
+
+    def _settled(self, records: list[StepRecord]) -> Steps:
+        """The steps that count, so far as the other phase has no say: after the load has settled, if any do."""
+        steps = inner_steps(records, self.layers)
+        late = steps.where(steps.starts_s >= records[0].start_s + self._settle_s)
+        return late if len(late.starts_s) else steps
+
+    def _whole_run(self, make: Callable[[int], Run]) -> StepRecord:
+        self._executor.launch(make(self._next()))
+        while not (records := self._executor.wait(None)):
+            pass
+        return records[0]
+
+    def _steady(self, works: Mapping[Phase, Callable[[int], Run]], longer: int = 1) -> dict[Phase, list[StepRecord]]:
+        """Keep a run of each phase in flight until enough steps were seen, and then stop, the slower phase first."""
+        executor = self._executor
+        records: dict[Phase, list[StepRecord]] = {phase: [] for phase in works}
+        flying: dict[Phase, Run] = {}
+        to_stop: list[Phase] = []
+        stopped: set[Phase] = set()
+
+        def launch(phase: Phase) -> None:
+            flying[phase] = works[phase](self._next())
+            executor.launch(flying[phase])
+
+        def seen(phase: Phase) -> int:
+            return sum(map(_countable, records[phase])) + max(0, executor.steps_done(flying[phase].id) - 1)
+
+        for phase in works:
+            launch(phase)
+        begun_s = executor.now()
+        settled: dict[Phase, int] | None = None
+        while flying:
+            for record in executor.wait(executor.now() + TICK_S):
+                phase = record.run.phase
+                records[phase].append(record)
+                del flying[phase]
+                if phase not in stopped:
+                    launch(phase)
+            elapsed_s = executor.now() - begun_s
+            if not to_stop and elapsed_s >= self._settle_s:
+                settled = settled or {phase: seen(phase) for phase in works}
+                fresh = {phase: seen(phase) - settled[phase] for phase in works}
+                wanted = FEW_STEPS if elapsed_s >= longer * self._limit_s else STEPS
+                if elapsed_s >= self._settle_s + longer * self._measure_s and min(fresh.values()) > wanted:
+                    to_stop = sorted(works, key=lambda phase: fresh[phase])
+            if to_stop and not flying.keys() & stopped and len(stopped) < len(to_stop):
+                phase = to_stop[len(stopped)]
+                stopped.add(phase)
+                executor.yield_(flying[phase].id)
+        self._give_up(records)
+        return records
+
+    def _give_up(self, records: Mapping[Phase, list[StepRecord]]) -> None:
+        finished = {request for found in records.values() for record in found[-1:] for request in record.finished}
+        last = [request.id for found in records.values() for request in found[-1].run.requests]
+        if unfinished := tuple(request for request in last if request not in finished):
+            self._forget(unfinished)
+
+    def _next(self) -> int:
+        self._runs += 1
+        return self._runs
+
+    def _prefill(self, batch: Prompts, at: Allocation) -> Callable[[int], Run]:
+        requests, new, context = _prompt_requests(batch), batch.new_tokens, batch.context_lens
+        emits = (True,) * len(new)
+        return lambda run: Run(
+            run, Phase.PREFILL, requests, new, context, at.prefill_sms, self.layers, at, emits
+        )
+
+    def _decode(self, batch: Decodes, at: Allocation) -> Callable[[int], Run]:
+        # The steps that count are the second to the last: the one in their middle has the lengths of the batch.
+        cached = tuple(max(1, length - 1 - DECODE_STEPS // 2) for length in batch.lengths)
+        requests, ones = _decode_requests(cached), (1,) * len(cached)
+        return lambda run: Run(run, Phase.DECODE, requests, ones, cached, at.decode_sms, DECODE_STEPS, at)
+
+    def _mixed(self, prefill: Prompts, decode: Decodes, at: Allocation) -> Callable[[int], Run]:
+        cached = tuple(max(1, length - 1) for length in decode.lengths)
+        requests = _decode_requests(cached) + _prompt_requests(prefill)
+        new, context = (1,) * len(cached) + prefill.new_tokens, cached + prefill.context_lens
+        emits = (True,) * len(requests)
+        return lambda run: Run(
+            run, Phase.MIXED, requests, new, context, at.prefill_sms, 1, at, emits, decodes=len(cached)
+        )
+
+
+def _countable(record: StepRecord) -> int:
+    """Steps that ``inner_steps`` may find; of a fused batch its one step."""
+    return record.steps if record.run.phase is Phase.MIXED else max(1, record.steps - 1)
+
+
+def _prompt_requests(batch: Prompts) -> tuple[Request, ...]:
+    """Requests that are done when their prompt is."""
+    lens = zip(batch.new_tokens, batch.context_lens, strict=True)
+    return tuple([Request(i, 0.0, new + context, 1) for i, (new, context) in enumerate(lens)])
+
+
+def _decode_requests(cached: tuple[int, ...]) -> tuple[Request, ...]:
+    """Requests that go on after a run."""
+    return tuple([Request(FIRST_DECODE_ID + i, 0.0, n, DECODE_STEPS + 2) for i, n in enumerate(cached)])
