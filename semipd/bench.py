@@ -7,12 +7,10 @@ captured once per partition because their nodes are bound to the context they we
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 

@@ -314,11 +314,11 @@ class ProfileConfig(Strict):
 
     ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
     ``decode``: each phase alone; ``both_prefill``, ``both_decode``: both at once. From these rectangles on, values
-    are added to an axis where the cost model errs by more than ``tolerance``, as time allows. ``settle_ms``: load before a
-    measurement; ``measure_ms``: its length, and with long steps at most about ``limit_ms``. ``holdout``: random points
-    to measure at last, and to hold the cost model against. ``peak_tflops``, ``peak_tbps``: of the device, to estimate how
-    long it will take. KV tokens that do not fit into memory are left out. ``backends``: attention kernels that prefill may
-    use, of which the fastest is taken on each partition.
+    are added to an axis where the cost model errs by more than ``tolerance``, as time allows; KV tokens that do not
+    fit into memory are left out. ``backends``: attention kernels that prefill may use, of which the fastest is taken
+    on each partition. ``settle_ms``: load before a measurement; ``measure_ms``: its length, and with long steps at
+    most about ``limit_ms``. ``holdout``: random points to measure last, and to hold the cost model against.
+    ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
     """
 
     prefill_sms: Axis = (16, 32, 48, 56, 64, 72, 80, 96, 112)
@@ -345,21 +345,21 @@ class ProfileConfig(Strict):
 
     @model_validator(mode="after")
     def _can_run(self) -> ProfileConfig:
-        for name, axes in (("prefill", self.prefill), ("both_prefill", self.both_prefill)):
-            if max(axes.tokens) > self.max_num_batched_tokens:
+        for name, prefill in (("prefill", self.prefill), ("both_prefill", self.both_prefill)):
+            if max(prefill.tokens) > self.max_num_batched_tokens:
                 raise ValueError(
-                    f"{name}.tokens: found {max(axes.tokens)}; expected at most max_num_batched_tokens, "
+                    f"{name}.tokens: found {max(prefill.tokens)}; expected at most max_num_batched_tokens, "
                     f"{self.max_num_batched_tokens}"
                 )
-        for name, axes in (("decode", self.decode), ("both_decode", self.both_decode)):
-            if max(axes.batch) > self.max_num_seqs:
+        for name, decode in (("decode", self.decode), ("both_decode", self.both_decode)):
+            if max(decode.batch) > self.max_num_seqs:
                 raise ValueError(
-                    f"{name}.batch: found {max(axes.batch)}; expected at most max_num_seqs, {self.max_num_seqs}"
+                    f"{name}.batch: found {max(decode.batch)}; expected at most max_num_seqs, {self.max_num_seqs}"
                 )
-            if min(axes.kv_tokens) < 2 * max(axes.batch):
+            if min(decode.kv_tokens) < 2 * max(decode.batch):
                 raise ValueError(
-                    f"{name}.kv_tokens: found {min(axes.kv_tokens)}; expected at least two for each of "
-                    f"{max(axes.batch)} sequences"
+                    f"{name}.kv_tokens: found {min(decode.kv_tokens)}; expected at least two for each of "
+                    f"{max(decode.batch)} sequences"
                 )
         if "split" not in self.modes:
             raise ValueError("modes: split is missing; a profile has at least the splits")

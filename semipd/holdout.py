@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig, build
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Mode, Phase, PrefillShape
+from semipd.model_config import ModelConfig
+from semipd.profile import Profile
 from semipd.profiler import Progress
+from semipd.profiling import Area
+from semipd.roofline import fitted
 from semipd.stopwatch import Decodes, Prompts, Stopwatch
-from semipd.sweep import HoldoutPoint, Spread, TableWriter
+from semipd.sweep import HoldoutPoint, Spread, TableWriter, read_points
 
 NONE = "-"
 """Stands for the batch of a phase that is idle."""
@@ -86,38 +91,39 @@ class Trial:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Where trials are drawn from: the inside of the tables. Pairs are least and most."""
+    """Where batches are drawn from, least and most: the inside of a table."""
 
     tokens: tuple[int, int]
     mean_context: tuple[int, int]
     batch: tuple[int, int]
     kv_tokens: tuple[int, int]
 
+    @staticmethod
+    def of(prefill: PrefillAxes, decode: DecodeAxes) -> Ranges:
+        """From one end of these axes to the other."""
+        tokens, mean_context, batch, kv_tokens = ((min(v), max(v)) for v in (*prefill.values, *decode.values))
+        return Ranges(tokens, mean_context, batch, kv_tokens)
 
-def draw(
-    count: int, seed: int, alone: Sequence[Allocation], shared: Sequence[Allocation], solo: Ranges, both: Ranges
-) -> Iterator[Trial]:
-    """Random trials: of five, one is prefill alone, one decode alone, and three are both phases.
 
-    Tokens, contexts, batches and KV tokens are drawn log-uniformly, and dealt unevenly: to up to eight prompts and to all
-    sequences, whose lengths have a standard deviation of about half their mean.
+def trials(config: ProfileConfig, areas: Iterable[Area]) -> Iterator[Trial]:
+    """``config.holdout`` random trials: one of six is prefill alone, one decode alone, one a fused batch if there are any.
 
-    Args:
-        count: How many.
-        seed: Of the draws.
-        alone: Allocations for one phase.
-        shared: Allocations for both.
-        solo: Of the tables of one phase.
-        both: Of the tables of both.
+    In the others the phases run beside each other. Tokens, contexts, batches and KV tokens are drawn log-uniformly, and
+    dealt unevenly: to up to eight prompts and to all sequences, whose lengths have a standard deviation of about half
+    their mean.
     """
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        kind = i % 5
-        ranges, places = (solo, alone) if kind < 2 else (both, shared)
-        at = places[int(rng.integers(len(places)))]
-        prefill = None if kind == 1 else _prompts(rng, ranges)
-        decode = None if kind == 0 else _decodes(rng, ranges)
-        yield Trial(at, prefill, decode)
+    rng = np.random.default_rng(config.seed)
+    places: dict[str, list[Allocation]] = {"prefill": [], "decode": [], "hybrid": [], "mixed": []}
+    for area in areas:
+        places[area.table].append(area.at)
+    kinds = [kind for kind in ("prefill", "decode", "hybrid", "hybrid", "hybrid", "mixed") if places[kind]]
+    alone = Ranges.of(config.prefill, config.decode)
+    both = Ranges.of(config.both_prefill, config.both_decode)
+    for i in range(config.holdout):
+        kind = kinds[i % len(kinds)]
+        ranges, at = alone if kind in ("prefill", "decode") else both, places[kind][rng.integers(len(places[kind]))]
+        prefill = _prompts(rng, ranges) if kind != "decode" else None
+        yield Trial(at, prefill, _decodes(rng, ranges) if kind != "prefill" else None)
 
 
 def _prompts(rng: np.random.Generator, ranges: Ranges) -> Prompts:
@@ -142,24 +148,23 @@ def _dealt(rng: np.random.Generator, total: int, parts: int, least: int = 1) -> 
     """Unequal whole parts of a number, of at least ``least``."""
     shares = rng.gamma(4.0, size=parts)
     ends = np.round(np.cumsum(shares) / shares.sum() * (total - least * parts)).astype(np.int64)
-    return np.diff(ends, prepend=0) + least
+    dealt: IntArray = np.diff(ends, prepend=0) + least
+    return dealt
 
 
 def _log_uniform(rng: np.random.Generator, range_: tuple[int, int]) -> int:
-    return int(round(float(np.exp(rng.uniform(np.log(range_[0]), np.log(range_[1]))))))
+    return round(float(np.exp(rng.uniform(np.log(range_[0]), np.log(range_[1])))))
 
 
-def measure(
-    trials: Sequence[Trial], stopwatch: Stopwatch, table: TableWriter[HoldoutPoint], fits: Callable[[Trial], bool]
-) -> Iterator[Progress]:
-    """Measure the trials that the table lacks and that there is room for."""
-    for done, trial in enumerate(trials):
+def measure(drawn: Sequence[Trial], stopwatch: Stopwatch, table: TableWriter[HoldoutPoint]) -> Iterator[Progress]:
+    """Measure the trials that the table lacks."""
+    for done, trial in enumerate(drawn):
         at, prefill, decode = trial.at, trial.prefill, trial.decode
         phases = [Phase.PREFILL] if prefill else []
         if decode:
             phases = [Phase.MIXED] if prefill and at.mode is Mode.MIXED else [*phases, Phase.DECODE]
-        yield Progress(done, len(trials), f"held out, {at.name}")
-        if not fits(trial) or all(table.has(_point(phase, trial, NO_SPREAD).key) for phase in phases):
+        yield Progress(done, len(drawn), at.name)
+        if all(table.has(_point(phase, trial, NO_SPREAD).key) for phase in phases):
             continue
         spreads: tuple[Spread, ...] = ()
         if prefill and decode:
@@ -170,7 +175,7 @@ def measure(
         elif decode:
             spreads = (stopwatch.decode(decode, at),)
         table.add(*(_point(phase, trial, spread) for phase, spread in zip(phases, spreads, strict=True)))
-    yield Progress(len(trials), len(trials), "done")
+    yield Progress(len(drawn), len(drawn), "done")
 
 
 NO_SPREAD = Spread(1, 1.0, 1.0, 1.0)
@@ -214,6 +219,24 @@ class Errors:
 GROUPS = ("prefill alone", "prefill beside", "decode alone", "decode beside", "mixed")
 
 
+def held_out(profile: Profile) -> dict[str, dict[str, Errors]]:
+    """How far models are off at a profile's held-out points, by group and model; nothing when it has none.
+
+    The models: ``table``, ``solo only`` and, if it is known which model was run, ``roofline``.
+
+    Raises InputError as ``read_table`` and ``Profile.cost`` do.
+    """
+    path = profile.folder / "holdout.csv"
+    if not path.exists():
+        return {}
+    cost, sms = profile.cost(), profile.device_sms
+    models: dict[str, Times] = {"table": cost, "solo only": SoloOnly(cost, Allocation(Mode.EXCLUSIVE, sms, sms))}
+    if profile.model is not None:
+        described = build(dict(profile.model), ModelConfig, f"{profile.folder / 'profile.json'}: model")
+        models["roofline"] = fitted(described, sms, profile.prefill.points, profile.decode.points)
+    return errors(read_points(path, HoldoutPoint), models, path)
+
+
 def errors(points: Sequence[HoldoutPoint], models: Mapping[str, Times], source: Path) -> dict[str, dict[str, Errors]]:
     """By group and model, how far models are off; groups without points are left out.
 
@@ -227,9 +250,7 @@ def errors(points: Sequence[HoldoutPoint], models: Mapping[str, Times], source: 
         for name, model in models.items():
             predicted_ms, outside = predicted(model, point.phase, trial)
             found.setdefault(group, {}).setdefault(name, []).append((predicted_ms / point.median_ms - 1, outside))
-    return {
-        group: {name: _errors(cases) for name, cases in found[group].items()} for group in GROUPS if group in found
-    }
+    return {group: {name: _errors(cases) for name, cases in found[group].items()} for group in GROUPS if group in found}
 
 
 def predicted(model: Times, phase: str, trial: Trial) -> tuple[float, bool]:
@@ -255,7 +276,7 @@ def _errors(cases: Sequence[tuple[float, bool]]) -> Errors:
 
 
 def _trial(point: HoldoutPoint, where: str) -> Trial:
-    phases = {"prefill": (point.new_tokens,), "decode": (point.decode_lens,)}
+    phases: dict[str, tuple[str, ...]] = {"prefill": (point.new_tokens,), "decode": (point.decode_lens,)}
     phases["mixed"] = (point.new_tokens, point.decode_lens)
     if point.phase not in phases or point.mode not in {mode.value for mode in Mode}:
         raise InputError(

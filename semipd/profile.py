@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -22,7 +22,7 @@ class ProfileHeader:
 
     ``layers`` is how many layers the model has; the tables hold one layer's times. ``kv_bytes_per_token`` counts all
     layers. The KV cache gets what ``weights_bytes`` leave of ``device_memory_bytes``. ``overheads``: host time that is
-    in no table; none when the file says nothing.
+    in no table; none when the file says nothing. ``model``: what was run, as in configs/models, if it was a model.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -36,6 +36,7 @@ class ProfileHeader:
     device_memory_bytes: Positive
     weights_bytes: Annotated[int, Field(ge=0)]
     overheads: Overheads = NO_OVERHEADS
+    model: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

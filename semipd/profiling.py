@@ -1,8 +1,8 @@
 """What a model's profile is measured at, and in which order: first coarse rectangles, then where they err most.
 
-An *area* is one rectangle of one table: a phase alone on one partition, both phases in one way of sharing the device, or
-fused batches. An area, or a value that an axis gets, is saved when all of it is measured: whenever measuring stops, the
-tables hold full rectangles only.
+An *area* is one rectangle of one table: a phase alone on one partition, both phases in one way of sharing the device,
+or fused batches. An area, or a value that an axis gets, is saved when all of it is measured: whenever measuring stops,
+the tables hold full rectangles only.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from semipd.config import ProfileConfig
-from semipd.core import Allocation, InputError, Mode
+from semipd.config import DecodeAxes, ProfileConfig
+from semipd.core import Allocation, DecodeShape, InputError, Mode, Overheads, Phase, PrefillShape
 from semipd.cost import CostModel
 from semipd.profiler import Progress
 from semipd.rectangle import Place, Probe, Rectangle
-from semipd.stopwatch import Decodes, Prompts, Stopwatch
+from semipd.roofline import RooflineCost
+from semipd.stopwatch import DECODE_STEPS, FEW_STEPS, STEPS, Decodes, Prompts, Stopwatch
 from semipd.sweep import (
     DecodePoint,
     DecodeWork,
@@ -81,6 +82,26 @@ class Cell:
         values = dict(zip(AXES[area.table], place, strict=True))
         prefill = PrefillWork.at(values["tokens"], values["mean_context"]) if "tokens" in values else None
         return Cell(area, prefill, DecodeWork(values["batch"], values["kv_tokens"]) if "batch" in values else None)
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """The prefill batch."""
+        return Prompts.of(self.prefill) if self.prefill else None
+
+    @property
+    def decodes(self) -> Decodes | None:
+        """The decode batch."""
+        return Decodes.of(self.decode) if self.decode else None
+
+    @property
+    def prefill_shape(self) -> PrefillShape | None:
+        """As the cost model sees it."""
+        return self.prefill.shape if self.prefill else None
+
+    @property
+    def decode_shape(self) -> DecodeShape | None:
+        """As the cost model sees it."""
+        return self.decode.shape if self.decode else None
 
     def __str__(self) -> str:
         words = [self.area.name]
@@ -172,9 +193,7 @@ class Profiling:
     ) -> None:
         self._tables, self._stopwatch, self._backends, self._fits = tables, stopwatch, backends, fits
         self._places = measured_places(tables)
-        self.areas = {
-            area: _widened(rectangle, self._places.get(area.key, set())) for area, rectangle in areas.items()
-        }
+        self.areas = {area: _widened(rectangle, self._places.get(area.key, set())) for area, rectangle in areas.items()}
 
     def missing(self) -> dict[Area, list[Cell]]:
         """What is still to measure of the rectangles."""
@@ -198,14 +217,12 @@ class Profiling:
             self._save(area, points)
         yield Progress(total, total, "done")
 
-    def refine(
-        self, areas: Iterable[Area], cost: Callable[[], CostModel], tolerance: float
-    ) -> Iterator[tuple[str, float]]:
+    def refine(self, areas: Iterable[Area], cost: Callable[[], CostModel], tolerance: float) -> Iterator[Progress]:
         """Give axes more values, each time where the cost model errs most, until it nowhere errs by ``tolerance``.
 
-        Tried is the middle of every interval of every axis, at one place of the other axes. Yields before each
-        measurement what is measured and the largest error that is known.
+        Tried is the middle of every interval of every axis, at one place of the other axes.
         """
+        done = 0
         tried: dict[tuple[Area, Probe], tuple[float, Any]] = {}
         areas = list(areas)
         model = cost()
@@ -213,24 +230,26 @@ class Profiling:
             candidates = {(area, probe) for area in areas for probe in self._probes(area)}
             for area, probe in sorted(candidates - tried.keys(), key=_order):
                 cell = Cell.at(area, probe.place)
-                yield f"trying {cell}", max((tried[x][0] for x in candidates & tried.keys()), default=1.0)
+                yield Progress(done, done + len(candidates - tried.keys()), f"{cell} (trying)")
+                done += 1
                 point = self._measure(cell)
                 tried[area, probe] = relative_error(model, cell, point), point
-            if not candidates:
-                return
-            area, probe = max(sorted(candidates, key=_order), key=lambda x: tried[x][0])
+            wrong = [x for x in sorted(candidates, key=_order) if tried[x][0] > tolerance]
+            if not wrong:
+                break
+            area, probe = max(wrong, key=lambda x: tried[x][0])
             worst, tried_point = tried[area, probe]
-            if worst < tolerance:
-                return
             points = [tried_point]
             for place in self.areas[area].knot(probe.axis, probe.value):
                 if place != probe.place:
                     cell = Cell.at(area, place)
-                    yield f"adding {cell}", worst
+                    yield Progress(done, done + 1, f"{cell} (the model was {100 * worst:.0f} % off)")
+                    done += 1
                     points.append(self._measure(cell))
             self._save(area, points)
             self.areas[area] = self.areas[area].with_knot(probe.axis, probe.value)
             model = cost()
+        yield Progress(done, done, "done")
 
     def _probes(self, area: Area) -> list[Probe]:
         rectangle = self.areas[area]
@@ -306,8 +325,10 @@ def snapped(name: str, value: float) -> int:
 
 def relative_error(cost: CostModel, cell: Cell, point: Any) -> float:
     """The larger of how far, relatively, a cost model is off in either phase of a measured row."""
-    at, p, d = cell.area.at, cell.prefill and cell.prefill.shape, cell.decode and cell.decode.shape
-    off = []
+    at, p, d = cell.area.at, cell.prefill_shape, cell.decode_shape
+    if p and cell.area.table == "mixed":
+        return abs(cost.mixed_s(p, d)[0] * 1e3 / cost.layers / float(point.median_ms) - 1)
+    off: list[float] = []
     if p:
         measured_ms = point.prefill_median_ms if d else point.median_ms
         off.append(cost.prefill_s(p, at, d)[0] * 1e3 / measured_ms)
@@ -316,3 +337,108 @@ def relative_error(cost: CostModel, cell: Cell, point: Any) -> float:
         step_s = cost.decode_s(d.batch, np.array([d.kv_tokens]), at, p)[0][0]
         off.append(step_s * 1e3 / cost.layers / measured_ms)
     return max(abs(ratio - 1) for ratio in off)
+
+
+def blocks_of(prefill: Prompts | None, decode: Decodes | None, block_size: int) -> int:
+    """KV blocks that a measurement takes at most."""
+    lengths: list[int] = []
+    if prefill:
+        lengths += [new + context for new, context in zip(prefill.new_tokens, prefill.context_lens, strict=True)]
+    if decode:
+        lengths += [max(length, 2) + DECODE_STEPS for length in decode.lengths]
+    return sum(-(-length // block_size) for length in lengths)
+
+
+def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
+    """The configuration without the KV token counts for which there is no room.
+
+    Raises InputError when none is left.
+    """
+
+    def room(axes: DecodeAxes, prefills: Sequence[PrefillWork]) -> DecodeAxes:
+        left = num_blocks - max((blocks_of(Prompts.of(work), None, config.block_size) for work in prefills), default=0)
+
+        def fits(kv: int) -> bool:
+            return all(blocks_of(None, Decodes.of(DecodeWork(b, kv)), config.block_size) <= left for b in axes.batch)
+
+        if not (kept := tuple(kv for kv in axes.kv_tokens if fits(kv))):
+            raise InputError(
+                f"kv_tokens: found {min(axes.kv_tokens)} or more; expected some that fit into {num_blocks} KV blocks, "
+                "beside prefill"
+            )
+        return axes.model_copy(update={"kv_tokens": kept})
+
+    both = [PrefillWork.at(t, m) for t in config.both_prefill.tokens for m in config.both_prefill.mean_context]
+    return config.model_copy(update={"decode": room(config.decode, ()), "both_decode": room(config.both_decode, both)})
+
+
+def longest_sequence(config: ProfileConfig) -> int:
+    """Tokens of the longest sequence that may be measured."""
+    most_kv = max(max(axes.kv_tokens) // min(axes.batch) for axes in (config.decode, config.both_decode))
+    contexts = max(max(axes.mean_context) for axes in (config.prefill, config.both_prefill))
+    return most_kv + contexts + config.max_num_batched_tokens
+
+
+def choose_backends(
+    stopwatch: Stopwatch,
+    areas: Iterable[Area],
+    config: ProfileConfig,
+    names: Sequence[str],
+    use: Callable[[int, str], None],
+) -> None:
+    """Have every partition of prefill use the attention kernel that is fastest there, for a long batch."""
+    work = PrefillWork.at(_last_but_one(config.prefill.tokens), _middle(config.prefill.mean_context))
+    for area in areas:
+        if area.table == "prefill":
+            sms = area.at.prefill_sms
+            took_ms = {}
+            for name in names if len(names) > 1 else ():
+                use(sms, name)
+                took_ms[name] = stopwatch.prefill(Prompts.of(work), area.at).median_ms
+            use(sms, min(took_ms, key=lambda name: took_ms[name]) if took_ms else names[0])
+
+
+def overheads(stopwatch: Stopwatch, areas: Iterable[Area], config: ProfileConfig) -> Overheads:
+    """Host time in no step, in the median over some typical batches: a fresh stopwatch sees to that."""
+    prompts = Prompts.of(PrefillWork.at(_middle(config.prefill.tokens), config.prefill.mean_context[0]))
+    decodes = Decodes.of(DecodeWork(_middle(config.decode.batch), _middle(config.decode.kv_tokens)))
+    splits = [area.at for area in areas if area.table == "hybrid" and area.at.mode is Mode.SPLIT]
+    for at in splits[:3]:
+        stopwatch.prefill(prompts, at)
+        stopwatch.decode(decodes, at)
+    for area in areas:
+        if area.table == "mixed":
+            stopwatch.mixed(prompts, decodes, area.at)
+    switch_s = stopwatch.switch_s(prompts, splits[0], splits[1]) if len(splits) > 1 else 0.0
+    return Overheads(
+        prefill_start_ms=stopwatch.start_ms(Phase.PREFILL),
+        decode_start_ms=stopwatch.start_ms(Phase.DECODE),
+        mixed_start_ms=stopwatch.start_ms(Phase.MIXED),
+        switch_ms=round(switch_s * 1e3, 6),
+    )
+
+
+def _middle(values: Sequence[int]) -> int:
+    return sorted(values)[len(values) // 2]
+
+
+def _last_but_one(values: Sequence[int]) -> int:
+    return sorted(values)[-2:][0]
+
+
+def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> float:
+    """About how long a measurement takes, if steps take what a roofline says."""
+    at, p, d = cell.area.at, cell.prefill_shape, cell.decode_shape
+    steps_s = []
+    if p and d and at.mode is Mode.MIXED:
+        steps_s = [roofline.mixed_s(p, d)[0]]
+    else:
+        steps_s += [roofline.prefill_s(p, at, None)[0]] if p else []
+        steps_s += [float(roofline.decode_s(d.batch, np.array([d.kv_tokens]), at, None)[0][0])] if d else []
+    load_s = (config.settle_ms + config.measure_ms) / 1e3
+    slow_s = max(steps_s)
+    return max(load_s, min((STEPS + 2) * slow_s, config.limit_ms / 1e3), (FEW_STEPS + 2) * slow_s) + HOST_S
+
+
+HOST_S = 0.03
+"""About what the host does for a measurement while the device idles."""

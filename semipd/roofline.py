@@ -1,4 +1,4 @@
-"""A roofline of a model on a device (Williams, Waterman, Patterson, CACM 52(4), 2009): the yardstick of measured tables.
+"""A roofline of a model on a device (Williams, Waterman, Patterson, CACM 52(4), 2009): a yardstick for tables.
 
 A step takes as long as its arithmetic at the device's peak, or its bytes at the memory's, whichever is longer.
 """
@@ -73,7 +73,7 @@ def _layer_parameters(model: ModelConfig) -> int:
 
 
 def prefill_flops(model: ModelConfig, shape: PrefillShape) -> float:
-    """Operations of all layers of a prefill batch: two for each token and weight, and four for each pair and channel."""
+    """Operations of all layers of a prefill batch: two for each token and weight, four for each pair and channel."""
     attention = 4.0 * shape.pairs * model.query_heads * model.head_dim * model.layers
     return 2.0 * shape.tokens * _layer_parameters(model) + attention
 

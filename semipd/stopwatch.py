@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from semipd.core import Allocation, DecodeShape, FloatArray, Phase, PrefillShape, Request, Run, StepRecord
 from semipd.executor import Executor
@@ -72,7 +74,7 @@ class Steps:
         """How long each took."""
         return self.ends_s - self.starts_s
 
-    def where(self, chosen: FloatArray) -> Steps:
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Steps:
         """Those for which ``chosen`` is true."""
         return Steps(self.starts_s[chosen], self.ends_s[chosen])
 
@@ -81,7 +83,8 @@ def inner_steps(records: list[StepRecord], layers: int) -> Steps:
     """The steps that a run's start and end are not part of.
 
     That is all but the first, which waits for the host to get the run going, and but the last layer of a whole prefill
-    run, which samples. A prefill run of fewer than three layers has no other ones: all of its steps count, from the launch on.
+    run, which samples. A prefill run of fewer than three layers has no other ones: all of its steps count, from the
+    launch on.
     """
     starts, ends = [], []
     for record in records:
@@ -120,8 +123,8 @@ class Stopwatch:
     """Times steps on an executor that has nothing else to do. Results are milliseconds of one layer.
 
     A prefill layer's time is that of the layers between the first and the last, and its part of the last one's
-    surplus (final norm, logits, sampling), which is measured once for each partition: so a run's price is its layers times
-    that. What a run takes until its first step begins is in no step; see ``starts_ms``.
+    surplus (final norm, logits, sampling), which is measured once for each partition: so a run's price is its layers
+    times that. What a run takes until its first step begins is in no step; see ``start_ms``.
 
     Args:
         executor: Where runs are launched.
@@ -186,7 +189,7 @@ class Stopwatch:
     def mixed(self, prefill: Prompts, decode: Decodes, at: Allocation) -> Spread:
         """A fused step of both, divided by the layers; from its launch on, as every step is a run of its own."""
         records = self._steady({Phase.MIXED: self._mixed(prefill, decode, at)})[Phase.MIXED]
-        gaps = [after.start_s - before.end_s for before, after in zip(records, records[1:], strict=False)]
+        gaps = [after.start_s - before.end_s for before, after in pairwise(records)]
         self._starts_s[Phase.MIXED] += gaps
         settled = [r for r in records if r.start_s >= records[0].start_s + self._settle_s]
         times_s = np.array([r.end_s - r.start_s for r in settled or records[1:]])
@@ -197,17 +200,11 @@ class Stopwatch:
 
         Zero when it takes no longer.
         """
-        first_ends = {}
+        starts_s = {}
         for pair in ((one, one), (one, other)):
-            taken = []
-            last_s = None
-            for at in (pair * times)[: 2 * times]:
-                record = self._whole_run(self._prefill(batch, at))
-                if last_s is not None:
-                    taken.append(record.ends_s[0] - last_s)
-                last_s = record.end_s
-            first_ends[pair] = float(np.median(taken))
-        return max(0.0, first_ends[one, other] - first_ends[one, one])
+            records = [self._whole_run(self._prefill(batch, at)) for at in pair * times]
+            starts_s[pair] = float(np.median([_start_s(before, after) for before, after in pairwise(records)]))
+        return max(0.0, starts_s[one, other] - starts_s[one, one])
 
     def start_ms(self, phase: Phase) -> float:
         """Median time that passed between two runs of a phase, alone, that is in no step; 0 when none was seen."""
@@ -231,8 +228,7 @@ class Stopwatch:
         """Times of the steps that count of a phase that was alone; what lies between its runs is noted."""
         times_s = self._settled(records).times_s
         if self.layers >= 3 or records[0].run.phase is Phase.DECODE:
-            for before, after in zip(records, records[1:], strict=False):
-                self._starts_s[after.run.phase].append(after.ends_s[0] - before.end_s - float(np.median(times_s)))
+            self._starts_s[records[0].run.phase] += [_start_s(before, after) for before, after in pairwise(records)]
         return times_s
 
     def _settled(self, records: list[StepRecord]) -> Steps:
@@ -300,9 +296,7 @@ class Stopwatch:
     def _prefill(self, batch: Prompts, at: Allocation) -> Callable[[int], Run]:
         requests, new, context = _prompt_requests(batch), batch.new_tokens, batch.context_lens
         emits = (True,) * len(new)
-        return lambda run: Run(
-            run, Phase.PREFILL, requests, new, context, at.prefill_sms, self.layers, at, emits
-        )
+        return lambda run: Run(run, Phase.PREFILL, requests, new, context, at.prefill_sms, self.layers, at, emits)
 
     def _decode(self, batch: Decodes, at: Allocation) -> Callable[[int], Run]:
         # The steps that count are the second to the last: the one in their middle has the lengths of the batch.
@@ -318,6 +312,12 @@ class Stopwatch:
         return lambda run: Run(
             run, Phase.MIXED, requests, new, context, at.prefill_sms, 1, at, emits, decodes=len(cached)
         )
+
+
+def _start_s(before: StepRecord, after: StepRecord) -> float:
+    """Seconds between two runs that are in no step: up to the first step's end, less what its later ones take."""
+    first_s = after.ends_s[0] - before.end_s
+    return float(first_s - np.mean(np.diff(after.ends_s)[:DECODE_STEPS])) if after.steps > 1 else 0.0
 
 
 def _countable(record: StepRecord) -> int:

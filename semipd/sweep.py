@@ -260,9 +260,9 @@ class TotalPoint:
 class HoldoutPoint:
     """One row of held-out measurements: a ragged batch of ``phase``, milliseconds of one layer.
 
-    ``new_tokens`` and ``context_lens``, of each prompt, and ``decode_lens``, of each decoding sequence what its new token
-    attends to, are numbers with blanks between them, or ``-`` where that phase is idle. Where neither is, the row is what
-    a layer of ``phase`` takes while the other one runs; or, with ``mixed``, a layer of the fused batch.
+    ``new_tokens`` and ``context_lens``, of each prompt, and ``decode_lens``, of each decoding sequence what its new
+    token attends to, are numbers with blanks between them, or ``-`` where that phase is idle. Where neither is, the row
+    is what a layer of ``phase`` takes while the other one runs; or, with ``mixed``, a layer of the fused batch.
     """
 
     phase: str

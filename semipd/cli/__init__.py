@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from semipd import __version__
-from semipd.cli import doctor, replay, show, sweep, trace
+from semipd.cli import doctor, profile, replay, show, sweep, trace
 from semipd.cli.session import INTERRUPTED, OpenBench, Session, gpu_bench
 
 # typer has brought its own copy of click since 0.26: the class of all usage errors is the one its public error has.
@@ -33,6 +33,7 @@ def _app() -> typer.Typer:
     app.add_typer(trace.app, name="trace")
     app.command("replay")(replay.replay)
     app.command("compare")(replay.compare)
+    app.command("profile")(profile.profile)
     app.command("show")(show.show_profile)
     app.command("doctor")(doctor.doctor)
     return app

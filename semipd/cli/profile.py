@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,13 +16,9 @@ from semipd.cli.progress import watched
 from semipd.cli.session import INTERRUPTED, Session, note, show, show_json
 
 if TYPE_CHECKING:
+    from semipd.campaign import Subject
     from semipd.config import ProfileConfig
-    from semipd.core import Allocation
     from semipd.model_config import ModelConfig
-    from semipd.profiler import Progress
-    from semipd.profiling import Backends, Profiling, Tables
-    from semipd.stopwatch import Stopwatch
-    from semipd.torch_executor import TorchExecutor
 
 DEVICES = ("cuda", "cpu")
 CPU_SMS = 16  # a CPU has no SMs: its partitions are names
@@ -38,7 +33,8 @@ def profile(
         str | None, typer.Option(metavar="N,N,...", help="SMs of prefill in the splits to measure.")
     ] = None,
     holdout: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Random points to hold the cost model against, measured last.")
+        int | None,
+        typer.Option(min=0, metavar="N", help="Random points to hold the cost model against."),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn at random.")] = None,
     limit_s: Annotated[float | None, typer.Option(help="Be done after this many seconds, loading included.")] = None,
@@ -52,14 +48,19 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Measure a model's profile: each phase alone, both at once, fused batches; first coarsely, then where it errs."""
+    from semipd.campaign import measure_profile
     from semipd.config import ProfileConfig, build, load, read_yaml
     from semipd.core import InputError
+    from semipd.holdout import held_out
     from semipd.model_config import ModelConfig
+    from semipd.profile import load_profile
 
     begun_s = time.monotonic()
     session: Session = ctx.obj
     if device not in DEVICES:
         raise InputError(f"--device: found {device!r}; expected one of {', '.join(DEVICES)}")
+    if find_spec("torch") is None or (device == "cuda" and find_spec("flashinfer") is None):
+        raise InputError("measuring a model needs torch, and flashinfer on a GPU: pip install 'semipd[gpu]'")
     described = load(model, ModelConfig)
     options = {
         "prefill_sms": f"[{prefill_sms}]" if prefill_sms is not None else None,
@@ -74,21 +75,30 @@ def profile(
         raise InputError("num_blocks: missing; expected the KV blocks to take of this machine's memory")
     if (out / "profile.json").exists() and not resume:
         raise InputError(f"{out}: holds a profile; expected a new folder, or --resume to go on with it")
-    result = _measure(session, found, described, model.stem, out, device, resume, begun_s)
-    errors = _held_out(out) if result.complete else {}
+    from semipd.provenance import provenance
+
+    work: dict[str, object] = {**described.model_dump(mode="json"), "page_size_tokens": found.block_size}
+    about = provenance(work, session.command, device, CPU_SMS)
+    sms = int(str(about["device_sms"]))
+    with _subject(found, described, device, sms) as subject:
+        note(f"loaded after {time.monotonic() - begun_s:.0f} s; {subject.num_blocks:,} KV blocks")
+        result = measure_profile(subject, found, out, about, resume=resume, begun_s=begun_s, watched=watched, note=note)
+    points = {name: len(table.points) for name, table in result.tables.items()}
+    held = held_out(load_profile(out.resolve())) if result.complete else {}
     if as_json:
-        document = {
-            "complete": result.complete,
-            "config": found.model_dump(mode="json"),
-            "points": {name: len(table.points) for name, table in result.tables.items()},
-            "overheads": result.overheads,
-            "holdout": {group: {name: asdict(e) for name, e in of.items()} for group, of in errors.items()},
-        }
-        show_json(document)
+        show_json(
+            {
+                "complete": result.complete,
+                "config": found.model_dump(mode="json"),
+                "points": points,
+                "overheads": asdict(result.overheads),
+                "holdout": {group: {name: asdict(e) for name, e in of.items()} for group, of in held.items()},
+            }
+        )
     else:
         from semipd.report.holdout import profiled_report
 
-        show(profiled_report({name: len(table.points) for name, table in result.tables.items()}, result.overheads, errors))
+        show(profiled_report(points, result.overheads, held))
     note(f"saved: {out}, after {time.monotonic() - begun_s:.0f} s")
     if not result.complete:
         note(f"{'interrupted' if result.interrupted else 'time limit reached'}; go on with: {session.resume_command()}")
@@ -96,48 +106,37 @@ def profile(
         raise typer.Exit(INTERRUPTED)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured, whether that is all, and whether Ctrl-C ended it."""
+@contextmanager
+def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms: int) -> Iterator[Subject]:
+    """The model on the device, opened to be measured."""
+    from semipd.campaign import Subject
+    from semipd.profiling import longest_sequence
+    from semipd.sequences import pooled_prompts
+    from semipd.torch_executor import open_executor
 
-    tables: dict[str, TableWriter[Any]]
-    overheads: dict[str, float]
-    complete: bool
-    interrupted: bool
+    longest = longest_sequence(config)
+    backends: dict[int, str] = {}
+    with open_executor(
+        model.model_copy(update={"max_positions": max(model.max_positions, longest)}),
+        device="cuda" if device == "cuda" else "cpu",
+        seed=config.seed,
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        prefill_sms=config.prefill_sms,
+        prefill_backend=lambda sms: backends.get(sms, "fa2"),
+        prompts=pooled_prompts(model.vocab_size, longest, config.seed),
+        blank_context=True,
+    ) as executor:
 
+        def use(sms: int, name: str) -> None:
+            backends[sms] = name
+            executor.engine.forget_prefill_plan(sms)
 
-def _measure(
-    session: Session,
-    config: ProfileConfig,
-    model: ModelConfig,
-    name: str,
-    out: Path,
-    device: str,
-    resume: bool,
-    begun_s: float,
-) -> Measured:
-    """Open the model, measure what the tables lack, and stop early at the time limit or on Ctrl-C."""
-    from semipd.profiling import POINTS, Area, Profiling, areas_of, choose_backends, expected_s, fitting, switch_ms
-    from semipd.provenance import provenance
-    from semipd.stopwatch import Stopwatch
-    from semipd.sweep import HoldoutPoint, TableWriter
-
-    work = {**model.model_dump(mode="json"), "page_size_tokens": config.block_size}
-    about = provenance(work, session.command, device, CPU_SMS)
-    device_sms = int(str(about["device_sms"]))
-    with _opened(config, model, device, device_sms) as opened:
-        executor, backends = opened
-        note(f"{name} is loaded after {time.monotonic() - begun_s:.0f} s, {executor.num_blocks:,} KV blocks")
-        room = config.block_size * executor.num_blocks
-        fitted = fitting(config, room)
-        areas = areas_of(fitted, device_sms)
-        tables = {table: TableWriter(out / f"{table}.csv", kind, about, resume=resume) for table, kind in POINTS.items()}
-        held = TableWriter(out / "holdout.csv", HoldoutPoint, about, resume=resume) if config.holdout else None
-        stopwatch = Stopwatch(
-            executor,
-            model.layers,
-            forget=executor.forget,
-            settle_s=config.settle_ms / 1e3,
-            measure_s=config.measure_ms / 1e3,
-            limit_s=config.limit_ms / 1e3,
-        )
+        kernels: dict[str, Any] = {}
+        if device == "cuda":
+            names = tuple(name for name in config.backends if name != "fa3-sized" or model.head_dim == 128)
+            kernels = {"backends": names or ("fa2",), "use_backend": use}
+            kernels |= {"decode_backend": "fa2", "mixed_backend": "fa2"}
+        yield Subject(executor, model, device_sms, executor.num_blocks, forget=executor.forget, **kernels)

@@ -1,0 +1,226 @@
+"""A model's whole profile, measured: its stages, how the time is shared among them, and what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from semipd.config import ProfileConfig
+from semipd.core import NO_OVERHEADS, Overheads
+from semipd.cost import TableCost
+from semipd.executor import Executor
+from semipd.holdout import measure, trials
+from semipd.model_config import ModelConfig
+from semipd.profile import ProfileHeader
+from semipd.profiler import Progress, within
+from semipd.profiling import (
+    POINTS,
+    Area,
+    Backends,
+    Profiling,
+    areas_of,
+    blocks_of,
+    choose_backends,
+    expected_s,
+    fitting,
+    overheads,
+)
+from semipd.roofline import RooflineCost
+from semipd.stopwatch import Decodes, Prompts, Stopwatch
+from semipd.sweep import HoldoutPoint, TableWriter
+
+ALONE_SHARE = 0.5
+"""Of the time for refinement, what the phases alone may take: all other tables are multiples of theirs."""
+
+HOLDOUT_PACE = 1.3
+"""How many times longer a held-out point takes than one of the coarse tables: its batch has yet to be captured."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model on a device, behind an executor.
+
+    ``forget``: see ``Stopwatch``. ``backends``: attention kernels that prefill may use; ``use_backend`` has those of a
+    size of partition use one of them. ``decode_backend``, ``mixed_backend``: names of the other kernels.
+    """
+
+    executor: Executor
+    model: ModelConfig
+    device_sms: int
+    num_blocks: int
+    forget: Callable[[Iterable[int]], None] = lambda ids: None  # noqa: ARG005 - nothing is kept
+    backends: tuple[str, ...] = ("torch",)
+    use_backend: Callable[[int, str], None] = lambda sms, name: None  # noqa: ARG005 - there is one
+    decode_backend: str = "torch"
+    mixed_backend: str = "torch"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The tables by name, the host's overheads, whether all is measured, and whether Ctrl-C ended it."""
+
+    tables: dict[str, TableWriter[Any]]
+    overheads: Overheads
+    complete: bool
+    interrupted: bool
+
+
+def measure_profile(
+    subject: Subject,
+    config: ProfileConfig,
+    out: Path,
+    about: dict[str, object],
+    *,
+    resume: bool = False,
+    begun_s: float | None = None,
+    watched: Callable[[str, Iterator[Progress]], Iterator[Progress]] = lambda name, steps: steps,  # noqa: ARG005
+    note: Callable[[str], None] = lambda line: None,  # noqa: ARG005 - nobody listens
+) -> Measured:
+    """Measure what a profile's folder lacks; stop early at the time limit or on Ctrl-C.
+
+    Args:
+        subject: What is measured.
+        config: What of it.
+        out: The folder.
+        about: Provenance; also the device's name and memory.
+        resume: Whether to go on with what the folder has.
+        begun_s: When the time that ``config.limit_s`` limits began (``time.monotonic``); now, if not given.
+        watched: Shows progress.
+        note: Says something.
+
+    Raises InputError for a folder that has a profile already, or one of something else, and sizes that do not exist.
+    """
+    config = fitting(config, subject.num_blocks)
+    areas = areas_of(config, subject.device_sms)
+    kinds = {name: kind for name, kind in POINTS.items() if any(area.table == name for area in areas)}
+    if config.holdout:
+        kinds["holdout"] = HoldoutPoint
+    tables = {name: TableWriter(out / f"{name}.csv", kind, about, resume=resume) for name, kind in kinds.items()}
+    campaign = Campaign(subject, config, areas, tables, time.monotonic() if begun_s is None else begun_s, watched, note)
+    host, complete, interrupted = NO_OVERHEADS, False, False
+    write_header(out, subject.model, about, host)
+    try:
+        host = campaign.prepare()
+        write_header(out, subject.model, about, host)
+        complete = campaign.run()
+    except KeyboardInterrupt:
+        interrupted = True
+    return Measured(tables, host, complete, interrupted)
+
+
+class Campaign:
+    """The stages of ``measure_profile``."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        config: ProfileConfig,
+        areas: dict[Area, Any],
+        tables: dict[str, TableWriter[Any]],
+        begun_s: float,
+        watched: Callable[[str, Iterator[Progress]], Iterator[Progress]],
+        note: Callable[[str], None],
+    ) -> None:
+        self._subject, self._config, self._areas, self._tables = subject, config, areas, tables
+        self._begun_s, self._watched, self._note = begun_s, watched, note
+        self._backends: dict[int, str] = {}
+        self._stopwatch = self._new_stopwatch()
+
+    def prepare(self) -> Overheads:
+        """Choose kernels, and measure what starting a run takes."""
+
+        def use(sms: int, name: str) -> None:
+            self._backends[sms] = name
+            self._subject.use_backend(sms, name)
+
+        choose_backends(self._stopwatch, self._areas, self._config, self._subject.backends, use)
+        return overheads(self._new_stopwatch(), self._areas, self._config)
+
+    def run(self) -> bool:
+        """Coarse tables, more where the model errs, held-out points; whether the first and the last are complete."""
+        config, subject = self._config, self._subject
+        names = Backends(self._backends.__getitem__, subject.decode_backend, subject.mixed_backend)
+        rows = {name: table for name, table in self._tables.items() if name in POINTS}
+        profiling = Profiling(self._areas, rows, self._stopwatch, names, lambda c: self._fits(c.prompts, c.decodes))
+        missing = [cell for cells in profiling.missing().values() for cell in cells]
+        peaks = config.peak_tflops * 1e12, config.peak_tbps * 1e12
+        roofline = RooflineCost(subject.model, subject.device_sms, *peaks)
+        about_s = sum(expected_s(cell, roofline, config) for cell in missing)
+        self._note(
+            f"plan: {len(missing)} points, about {about_s:.0f} s at {config.peak_tflops:.0f} TFLOP/s and "
+            f"{config.peak_tbps:.1f} TB/s; then more where the cost model errs; then {config.holdout} held out"
+        )
+        started_s = time.monotonic()
+        if not self._drive("coarse", profiling.fill(), self._left_s()):
+            return False
+        pace_s = (time.monotonic() - started_s) / len(missing) if missing else HOST_PACE_S
+        refine_s = self._left_s() - HOLDOUT_PACE * pace_s * config.holdout
+        alone = [area for area in self._areas if area.table in ("prefill", "decode")]
+        both = [area for area in self._areas if area not in alone]
+        until_s = time.monotonic() + refine_s
+        for name, some, share in (("alone", alone, ALONE_SHARE), ("both", both, 1.0)):
+            steps = profiling.refine(some, self._cost, config.tolerance)
+            self._drive(name, steps, share * (until_s - time.monotonic()))
+        if not config.holdout:
+            return True
+        drawn = [t for t in trials(config, self._areas) if self._fits(t.prefill, t.decode)]
+        return self._drive("held out", measure(drawn, self._stopwatch, self._tables["holdout"]), self._left_s())
+
+    def _drive(self, name: str, steps: Iterator[Progress], seconds: float) -> bool:
+        """Take the steps, at most for so long; whether they came to their end."""
+        ended = False
+        for step in self._watched(name, within(seconds, steps)):
+            ended = step.done == step.total
+        return ended
+
+    def _left_s(self) -> float:
+        limit_s = math.inf if self._config.limit_s is None else self._config.limit_s
+        return limit_s - (time.monotonic() - self._begun_s)
+
+    def _fits(self, prefill: Prompts | None, decode: Decodes | None) -> bool:
+        return blocks_of(prefill, decode, self._config.block_size) <= self._subject.num_blocks
+
+    def _cost(self) -> TableCost:
+        points = {name: table.points for name, table in self._tables.items()}
+        return TableCost(
+            points["prefill"], points["decode"], points["hybrid"], points.get("mixed", ()),
+            device_sms=self._subject.device_sms, layers=self._subject.model.layers,
+        )  # fmt: skip
+
+    def _new_stopwatch(self) -> Stopwatch:
+        config, subject = self._config, self._subject
+        return Stopwatch(
+            subject.executor,
+            subject.model.layers,
+            forget=subject.forget,
+            settle_s=config.settle_ms / 1e3,
+            measure_s=config.measure_ms / 1e3,
+            limit_s=config.limit_ms / 1e3,
+        )
+
+
+HOST_PACE_S = 0.3
+"""Seconds a held-out point is thought to take when nothing has been measured to go by."""
+
+
+def write_header(out: Path, model: ModelConfig, about: dict[str, object], host: Overheads) -> None:
+    """Write profile.json; the folder's last two names are the profile's."""
+    gpu = str(about["gpu"])
+    header = ProfileHeader(
+        name="/".join(out.resolve().parts[-2:]),
+        description=f"{model.parameters / 1e9:.2f} billion parameters, {model.dtype}, through the executor that serves",
+        device=gpu,
+        device_sms=int(str(about["device_sms"])),
+        layers=model.layers,
+        kv_bytes_per_token=model.kv_bytes_per_token,
+        device_memory_bytes=int(str(about["device_memory_bytes"])),
+        weights_bytes=model.weights_bytes,
+        overheads=host,
+        model=model.model_dump(mode="json"),
+    )
+    (out / "profile.json").write_text(json.dumps(asdict(header), indent=1) + "\n", encoding="utf-8")

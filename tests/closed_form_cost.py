@@ -1,0 +1,72 @@
+"""A cost model in closed forms: the truth that a simulated profile is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from synthetic_profile import decode_ms, decode_slowdown, prefill_ms, prefill_slowdown
+
+from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Mode, PrefillShape
+
+
+@dataclass(frozen=True)
+class ClosedFormCost:
+    """The closed forms of ``synthetic_profile``; a fused step is 10 % shorter than its parts one after the other.
+
+    ``stair_tokens``: prefill time steps up at every multiple of so many tokens beyond ``stair_from``; 0 for none.
+    """
+
+    device_sms: int = 32
+    layers: int = 4
+    stair_tokens: int = 0
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        whole = self.device_sms
+        capped = [Allocation(Mode.CAPPED, n, whole) for n in (8, 16, 24)]
+        return (
+            *self.splits,
+            *capped,
+            Allocation(Mode.PRIORITY, whole, whole),
+            Allocation(Mode.MIXED, whole, whole, 8192),
+        )
+
+    @property
+    def splits(self) -> tuple[Allocation, ...]:
+        return tuple(Allocation(Mode.SPLIT, n, self.device_sms - n) for n in (8, 16, 24))
+
+    @property
+    def refused(self) -> Mapping[Mode, str]:
+        return {}
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        tokens = shape.tokens
+        if self.stair_tokens:
+            tokens = ceil(tokens / self.stair_tokens) * self.stair_tokens
+        alone_ms = prefill_ms(tokens, shape.mean_context, at.prefill_sms)
+        if beside is not None:
+            place = (shape.tokens, max(shape.mean_context, 1), beside.batch, beside.kv_tokens)
+            alone_ms *= self._harder(at) * prefill_slowdown(*place)
+        return alone_ms / 1e3, False
+
+    def decode_s(
+        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+    ) -> tuple[FloatArray, int]:
+        alone_ms = np.array([decode_ms(batch, int(kv), at.decode_sms, self.device_sms) for kv in kv_tokens])
+        if beside is not None:
+            place = (beside.tokens, max(beside.mean_context, 1), batch)
+            alone_ms *= self._harder(at) * np.array([decode_slowdown(*place, int(kv)) for kv in kv_tokens])
+        return alone_ms * self.layers / 1e3, 0
+
+    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
+        whole = Allocation(Mode.EXCLUSIVE, self.device_sms, self.device_sms)
+        seconds = self.prefill_s(chunk, whole, None)[0] * self.layers
+        if decode is not None:
+            seconds += float(self.decode_s(decode.batch, np.array([decode.kv_tokens]), whole, None)[0][0])
+        return 0.9 * seconds, False
+
+    def _harder(self, at: Allocation) -> float:
+        return 1.0 if at.mode is Mode.SPLIT else 1.2
