@@ -62,10 +62,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measured:
-    """The tables by name, the host's overheads, whether all is measured, and whether Ctrl-C ended it."""
+    """The tables by name, the host's overheads, and how it ended.
+
+    ``usable``: the coarse tables are complete; ``complete``: so are the held-out points. ``interrupted``: by Ctrl-C.
+    """
 
     tables: dict[str, TableWriter[Any]]
     overheads: Overheads
+    usable: bool
     complete: bool
     interrupted: bool
 
@@ -110,11 +114,11 @@ def measure_profile(
         complete = campaign.run()
     except KeyboardInterrupt:
         interrupted = True
-    return Measured(tables, host, complete, interrupted)
+    return Measured(tables, host, campaign.usable, complete, interrupted)
 
 
 class Campaign:
-    """The stages of ``measure_profile``."""
+    """The stages of ``measure_profile``. ``usable``: see ``Measured``."""
 
     def __init__(
         self,
@@ -128,6 +132,7 @@ class Campaign:
     ) -> None:
         self._subject, self._config, self._areas, self._tables = subject, config, areas, tables
         self._begun_s, self._watched, self._note = begun_s, watched, note
+        self.usable = False
         self._backends: dict[int, str] = {}
         self._stopwatch = self._new_stopwatch()
 
@@ -158,6 +163,7 @@ class Campaign:
         started_s = time.monotonic()
         if not self._drive("coarse", profiling.fill(), self._left_s()):
             return False
+        self.usable = True
         pace_s = (time.monotonic() - started_s) / len(missing) if missing else HOST_PACE_S
         refine_s = self._left_s() - HOLDOUT_PACE * pace_s * config.holdout
         alone = [area for area in self._areas if area.table in ("prefill", "decode")]

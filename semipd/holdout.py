@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -106,7 +106,7 @@ class Ranges:
 
 
 def trials(config: ProfileConfig, areas: Iterable[Area]) -> Iterator[Trial]:
-    """``config.holdout`` random trials: one of six is prefill alone, one decode alone, one a fused batch if there are any.
+    """``config.holdout`` random trials: one of six is prefill alone, one decode alone, one a fused batch, if any.
 
     In the others the phases run beside each other. Tokens, contexts, batches and KV tokens are drawn log-uniformly, and
     dealt unevenly: to up to eight prompts and to all sequences, whose lengths have a standard deviation of about half
@@ -235,6 +235,11 @@ def held_out(profile: Profile) -> dict[str, dict[str, Errors]]:
         described = build(dict(profile.model), ModelConfig, f"{profile.folder / 'profile.json'}: model")
         models["roofline"] = fitted(described, sms, profile.prefill.points, profile.decode.points)
     return errors(read_points(path, HoldoutPoint), models, path)
+
+
+def as_document(found: Mapping[str, Mapping[str, Errors]]) -> dict[str, dict[str, dict[str, float]]]:
+    """As JSON, by group and model."""
+    return {group: {name: asdict(each) for name, each in of.items()} for group, of in found.items()}
 
 
 def errors(points: Sequence[HoldoutPoint], models: Mapping[str, Times], source: Path) -> dict[str, dict[str, Errors]]:

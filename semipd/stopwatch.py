@@ -23,8 +23,9 @@ TICK_S = 0.001
 STEPS = 5  # wanted of each phase
 FEW_STEPS = 2  # are enough when they take so long that the time is up
 BLOCKS = 5
-COVERED = 0.8
-TRIES = 4
+COVERED = 0.8  # of a step's time the other phase has to be in flight
+BARELY_COVERED = 0.5  # where its runs are so short that no step is covered better
+TRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,13 @@ def covered_share(steps: Steps, others: list[StepRecord]) -> FloatArray:
     return share / np.maximum(steps.times_s, 1e-12)
 
 
+def covered(steps: Steps, others: list[StepRecord]) -> Steps:
+    """The steps during which the other phase was in flight, but for the short gaps between two of its runs."""
+    share = covered_share(steps, others)
+    enough = COVERED if np.count_nonzero(share >= COVERED) >= FEW_STEPS else BARELY_COVERED
+    return steps.where(share >= enough)
+
+
 def spread_of(times_ms: FloatArray) -> Spread:
     """Spread of a step's time over blocks of consecutive steps, which count by their mean.
 
@@ -171,12 +179,10 @@ class Stopwatch:
         """
         sampling_s = self._sampling(at)
         works = {Phase.DECODE: self._decode(decode, at), Phase.PREFILL: self._prefill(prefill, at)}
-        found: dict[Phase, FloatArray] = {}
         for tries in range(1, TRIES + 1):
             records = self._steady(works, longer=tries)
-            for phase, other in ((Phase.PREFILL, Phase.DECODE), (Phase.DECODE, Phase.PREFILL)):
-                steps = self._settled(records[phase])
-                found[phase] = steps.where(covered_share(steps, records[other]) >= COVERED).times_s
+            pairs = ((Phase.PREFILL, Phase.DECODE), (Phase.DECODE, Phase.PREFILL))
+            found = {phase: covered(self._settled(records[phase]), records[other]).times_s for phase, other in pairs}
             if min(map(len, found.values())) >= FEW_STEPS:
                 break
         if min(map(len, found.values())) == 0:
@@ -203,7 +209,7 @@ class Stopwatch:
         starts_s = {}
         for pair in ((one, one), (one, other)):
             records = [self._whole_run(self._prefill(batch, at)) for at in pair * times]
-            starts_s[pair] = float(np.median([_start_s(before, after) for before, after in pairwise(records)]))
+            starts_s[pair] = float(np.median(_starts_s(records) or [0.0]))
         return max(0.0, starts_s[one, other] - starts_s[one, one])
 
     def start_ms(self, phase: Phase) -> float:
@@ -228,7 +234,7 @@ class Stopwatch:
         """Times of the steps that count of a phase that was alone; what lies between its runs is noted."""
         times_s = self._settled(records).times_s
         if self.layers >= 3 or records[0].run.phase is Phase.DECODE:
-            self._starts_s[records[0].run.phase] += [_start_s(before, after) for before, after in pairwise(records)]
+            self._starts_s[records[0].run.phase] += _starts_s(records)
         return times_s
 
     def _settled(self, records: list[StepRecord]) -> Steps:
@@ -314,10 +320,13 @@ class Stopwatch:
         )
 
 
-def _start_s(before: StepRecord, after: StepRecord) -> float:
-    """Seconds between two runs that are in no step: up to the first step's end, less what its later ones take."""
-    first_s = after.ends_s[0] - before.end_s
-    return float(first_s - np.mean(np.diff(after.ends_s)[:DECODE_STEPS])) if after.steps > 1 else 0.0
+def _starts_s(records: list[StepRecord]) -> list[float]:
+    """Seconds between runs that are in no step: from one's end to the next one's first step's, less a later step's."""
+    return [
+        float(after.ends_s[0] - before.end_s - np.median(np.diff(after.ends_s)))
+        for before, after in pairwise(records)
+        if after.steps > 1
+    ]
 
 
 def _countable(record: StepRecord) -> int:

@@ -51,7 +51,7 @@ def profile(
     from semipd.campaign import measure_profile
     from semipd.config import ProfileConfig, build, load, read_yaml
     from semipd.core import InputError
-    from semipd.holdout import held_out
+    from semipd.holdout import as_document, held_out
     from semipd.model_config import ModelConfig
     from semipd.profile import load_profile
 
@@ -84,7 +84,7 @@ def profile(
         note(f"loaded after {time.monotonic() - begun_s:.0f} s; {subject.num_blocks:,} KV blocks")
         result = measure_profile(subject, found, out, about, resume=resume, begun_s=begun_s, watched=watched, note=note)
     points = {name: len(table.points) for name, table in result.tables.items()}
-    held = held_out(load_profile(out.resolve())) if result.complete else {}
+    held = held_out(load_profile(out.resolve())) if result.usable else {}
     if as_json:
         show_json(
             {
@@ -92,7 +92,7 @@ def profile(
                 "config": found.model_dump(mode="json"),
                 "points": points,
                 "overheads": asdict(result.overheads),
-                "holdout": {group: {name: asdict(e) for name, e in of.items()} for group, of in held.items()},
+                "holdout": as_document(held),
             }
         )
     else:

@@ -26,13 +26,15 @@ def show_profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show a profile: scaling, heat maps, the frontier, the best sharing; by default at a typical measured load."""
+    from semipd.holdout import as_document, held_out
     from semipd.profile import load_profile
     from semipd.survey import survey
 
     if html is not None:
         _check_page(html)
+    loaded = load_profile(profile)
     found = survey(
-        load_profile(profile),
+        loaded,
         tokens=tokens,
         mean_context=context,
         batch=batch,
@@ -44,12 +46,20 @@ def show_profile(
 
         html.write_text(profile_page(found), encoding="utf-8")
         note(f"saved: {html}")
+    held = held_out(loaded)
     if as_json:
-        show_json(found.document())
+        show_json(found.document() | ({"holdout": as_document(held)} if held else {}))
     else:
         from semipd.report.profile import profile_report
 
         show(profile_report(found))
+        if held:
+            from rich.console import Group
+            from rich.text import Text
+
+            from semipd.report.holdout import holdout_report
+
+            show(Group(Text(""), holdout_report(held)))
 
 
 def _check_page(path: Path) -> None:

@@ -1,0 +1,288 @@
+"""A whole profile measured of a simulation whose truth is known: what the tables say, stopping, resuming, refining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from closed_form_cost import ClosedFormCost
+
+from semipd.campaign import Measured, Subject, measure_profile
+from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig
+from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
+from semipd.cost import TableCost
+from semipd.holdout import errors, held_out
+from semipd.model_config import ModelConfig
+from semipd.profile import load_profile
+from semipd.profiler import Progress
+from semipd.profiling import AXES, Area, Cell, areas_of, fitting, measured_places, relative_error, snapped
+from semipd.rectangle import Rectangle
+from semipd.sim import SimExecutor
+from semipd.sweep import HoldoutPoint, PrefillWork, read_points
+
+TRUTH = ClosedFormCost()
+MODEL = ModelConfig(
+    hidden_size=32, layers=4, query_heads=4, kv_heads=2, head_dim=8, intermediate_size=64, vocab_size=199,
+    rope_theta=1e4, dtype="float32",
+)  # fmt: skip
+ABOUT: dict[str, object] = {"gpu": "closed form", "device_sms": 32, "device_memory_bytes": 1 << 30, "work": {}}
+CONFIG = ProfileConfig(
+    prefill_sms=(8, 16, 24),
+    capped_sms=(16,),
+    prefill=PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 4096)),
+    decode=DecodeAxes(batch=(1, 64), kv_tokens=(512, 65536)),
+    both_prefill=PrefillAxes(tokens=(16, 4096), mean_context=(64, 4096)),
+    both_decode=DecodeAxes(batch=(8, 64), kv_tokens=(512, 65536)),
+    max_num_seqs=64,
+    settle_ms=1,
+    measure_ms=4,
+)
+POINTS = {"prefill": 4 * 6, "decode": 4 * 4, "hybrid": 5 * 16, "mixed": 16}
+
+
+def subject(truth: ClosedFormCost = TRUTH, **changed: Any) -> Subject:
+    return replace(Subject(SimExecutor(truth), MODEL, truth.device_sms, num_blocks=10**6), **changed)
+
+
+def measure(out: Path, truth: ClosedFormCost = TRUTH, resume: bool = False, **changed: Any) -> Measured:
+    config = CONFIG.model_copy(update=changed)
+    return measure_profile(subject(truth), config, out, ABOUT, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("profiles") / "h200" / "closed"
+    done = measure(out, holdout=60)
+    assert done.complete
+    assert done.usable
+    assert not done.interrupted
+    assert {name: len(table.points) for name, table in done.tables.items() if name != "holdout"} == POINTS
+    return out
+
+
+def test_the_tables_hold_the_executors_times(measured: Path) -> None:
+    profile = load_profile(measured)
+    assert (profile.name, profile.device, profile.layers) == ("h200/closed", "closed form", 4)
+    assert profile.kv_bytes_per_token == MODEL.kv_bytes_per_token
+    assert ModelConfig.model_validate(profile.model) == MODEL
+    for p in profile.prefill.points:
+        at = Allocation(Mode.SPLIT, p.sms, 32 - p.sms)
+        truth = TRUTH.prefill_s(PrefillShape(p.tokens, float(p.tokens * p.mean_context)), at, None)[0] * 1e3
+        assert p.median_ms == pytest.approx(truth, rel=1e-4)
+    for h in profile.hybrid.points:
+        at = Allocation(Mode(h.mode), h.prefill_sms, h.decode_sms)
+        prefill = PrefillShape(h.tokens, float(h.tokens * h.mean_context))
+        decode = DecodeShape(h.batch, h.kv_tokens)
+        assert h.prefill_median_ms == pytest.approx(TRUTH.prefill_s(prefill, at, decode)[0] * 1e3, rel=0.01)
+        step_s = TRUTH.decode_s(h.batch, np.array([h.kv_tokens]), at, prefill)[0][0]
+        assert h.decode_median_ms == pytest.approx(step_s / 4 * 1e3, rel=0.02)
+    assert {h.mode for h in profile.hybrid.points} == {"split", "capped", "priority"}
+
+
+def test_held_out_points_of_a_bilinear_truth_are_met_and_show_what_leaving_contention_out_costs(measured: Path) -> None:
+    held = held_out(load_profile(measured))
+    assert sum(of["table"].points for of in held.values()) == 60 + 30  # half of them are two rows
+    for group, of in held.items():
+        assert of["table"].p95 < 0.01
+        assert of["table"].outside == 0
+        assert abs(of["table"].bias) <= of["table"].p95
+        assert set(of) == {"table", "solo only", "roofline"}
+        if group.endswith("beside"):
+            assert of["solo only"].median > 0.1
+            assert of["solo only"].bias < 0
+    assert held["mixed"]["solo only"].bias == pytest.approx(1 / 0.9 - 1, rel=1e-3)
+
+
+def test_held_out_points_are_ragged_and_off_the_grid_and_drawn_with_the_seed(measured: Path, tmp_path: Path) -> None:
+    points = read_points(measured / "holdout.csv", HoldoutPoint)
+    lens = [p.decode_lens.split() for p in points if p.decode_lens != "-"]
+    assert sum(len(set(each)) > 1 for each in lens) > 0.8 * len(lens)
+    assert sum(len(p.new_tokens.split()) > 1 for p in points) > 10
+    tokens = {sum(map(int, p.new_tokens.split())) for p in points if p.new_tokens != "-"}
+    assert not tokens & {512}
+    measure(tmp_path / "p", holdout=60)
+    assert read_points(tmp_path / "p" / "holdout.csv", HoldoutPoint) == points
+    measure(tmp_path / "q", holdout=60, seed=1)
+    assert read_points(tmp_path / "q" / "holdout.csv", HoldoutPoint) != points
+
+
+def test_errors_are_those_of_a_plain_computation(measured: Path) -> None:
+    profile = load_profile(measured)
+    cost = profile.cost()
+    path = measured / "holdout.csv"
+    off = []
+    for p in read_points(path, HoldoutPoint):
+        if (p.phase, p.decode_lens) == ("prefill", "-"):
+            new, context = ([int(x) for x in text.split()] for text in (p.new_tokens, p.context_lens))
+            shape = PrefillShape.of(tuple(new), tuple(context))
+            at = Allocation(Mode(p.mode), p.prefill_sms, p.decode_sms)
+            off.append(abs(cost.prefill_s(shape, at, None)[0] * 1e3 / p.median_ms - 1))
+    found = held_out(profile)["prefill alone"]["table"]
+    assert (found.points, found.median) == (len(off), pytest.approx(np.median(off)))
+    assert found.p95 == pytest.approx(np.percentile(off, 95))
+
+
+def after(points: int, kind: type[BaseException]) -> Any:
+    """Progress that is interrupted before so many measurements."""
+    left = [points]
+
+    def watched(name: str, steps: Iterator[Progress]) -> Iterator[Progress]:
+        del name
+        for step in steps:
+            if left[0] == 0:
+                raise kind
+            left[0] -= 1
+            yield step
+
+    return watched
+
+
+@pytest.mark.parametrize("points", [5, 40, 72, 136])
+def test_whenever_it_stops_the_tables_hold_full_rectangles_and_resuming_measures_the_rest(
+    points: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "p"
+    first = measure_profile(subject(), CONFIG, out, ABOUT, watched=after(points, KeyboardInterrupt))
+    assert first.interrupted
+    assert not first.complete
+    assert sum(len(table.points) for table in first.tables.values()) <= points
+    if points >= 24 + 16 + 16 + 16:  # each phase alone, fused batches, and the first way of sharing
+        cost = load_profile(out).cost()
+        assert Allocation(Mode.SPLIT, 16, 16) in cost.splits
+    seen: list[str] = []
+
+    def watched(name: str, steps: Iterator[Progress]) -> Iterator[Progress]:
+        for step in steps:
+            if name == "coarse" and step.at != "done":
+                seen.append(step.at)
+            yield step
+
+    before = sum(len(table.points) for table in first.tables.values())
+    second = measure_profile(subject(), CONFIG, out, ABOUT, resume=True, watched=watched)
+    assert second.complete
+    assert len(seen) == sum(POINTS.values()) - before
+    assert {name: len(table.points) for name, table in second.tables.items()} == POINTS
+    assert len(load_profile(out).cost().allocations) == 3 + 1 + 1 + 1
+
+
+def test_a_time_limit_ends_it_between_two_points(tmp_path: Path) -> None:
+    done = measure(tmp_path / "p", limit_s=1e-6)
+    assert (done.complete, done.usable, done.interrupted) == (False, False, False)
+    with pytest.raises(InputError, match=r"prefill\.csv: exists; expected a new file, or --resume"):
+        measure(tmp_path / "p")
+
+
+def test_refinement_puts_values_where_the_model_errs(tmp_path: Path) -> None:
+    """Prefill goes in stairs of 1,024 tokens here: between 512 and 4,096 a straight line is far off."""
+    out = tmp_path / "p"
+    measure(out, ClosedFormCost(stair_tokens=1024), tolerance=0.05)
+    tables = load_profile(out)
+    coarse = {16, 512, 4096}
+    added = {p.tokens for p in tables.prefill.points} - coarse
+    assert added
+    assert len({p.mean_context for p in tables.prefill.points}) == 2  # which is linear: nothing to gain
+    assert len({d.kv_tokens for d in tables.decode.points}) == 2
+    places = measured_places({"prefill": _Points(tables.prefill.points)})  # type: ignore[dict-item]
+    for of in places.values():
+        tokens = {t for t, _ in of}
+        assert of == {(t, m) for t in tokens for m in (64, 4096)}
+    straight = TableCost(
+        [p for p in tables.prefill.points if p.tokens in coarse],
+        tables.decode.points,
+        tables.hybrid.points,
+        device_sms=32,
+        layers=4,
+    )
+    truth = ClosedFormCost(stair_tokens=1024)
+    whole = Allocation(Mode.EXCLUSIVE, 32, 32)
+
+    def worst(cost: TableCost) -> float:
+        shapes = [PrefillShape(t, t * 64.0) for t in range(600, 4096, 100)]
+        off = [cost.prefill_s(s, whole, None)[0] / truth.prefill_s(s, whole, None)[0] - 1 for s in shapes]
+        return float(np.mean(np.abs(off)))
+
+    assert worst(tables.cost()) < 0.6 * worst(straight)
+
+
+class _Points:
+    def __init__(self, points: tuple[Any, ...]) -> None:
+        self.points = points
+
+
+def test_rectangles_gain_whole_knots_and_probe_every_interval_once() -> None:
+    rectangle = Rectangle(("tokens", "mean_context"), ((16, 1024), (64,)))
+    probes = rectangle.probes(snapped)
+    assert [(p.axis, p.value, p.place) for p in probes] == [(0, 128, (128, 64))]
+    wider = rectangle.with_knot(0, 128)
+    assert set(wider.places()) == set(rectangle.places()) | set(rectangle.knot(0, 128))
+    assert [p.value for p in wider.probes(snapped)] == [48, 384]
+    assert Rectangle(("batch",), ((1, 2, 4, 8),)).probes(snapped) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("tokens", 70, 64), ("tokens", 300, 256), ("batch", 45, 48), ("batch", 1.4, 1), ("mean_context", 10, 64)],
+)
+def test_values_are_snapped_to_what_kernels_and_batches_are_padded_to(name: str, value: float, expected: int) -> None:
+    assert snapped(name, value) == expected
+
+
+def test_kv_tokens_without_room_are_left_out() -> None:
+    fitted = fitting(CONFIG, num_blocks=2000)
+    assert fitted.decode.kv_tokens == (512,)
+    assert fitting(CONFIG, num_blocks=10**6) == CONFIG
+    with pytest.raises(InputError, match="kv_tokens: found 512 or more; expected some that fit into 30 KV blocks"):
+        fitting(CONFIG, num_blocks=30)
+
+
+def test_areas_are_phases_alone_first_and_the_most_even_split_before_the_others() -> None:
+    names = [area.name for area in areas_of(CONFIG, 32)]
+    assert names[0] == "prefill on 32 SMs"
+    assert names.index("mixed") == 8
+    assert names[9:] == ["hybrid 16/16", "hybrid 8/24", "hybrid 24/8", "hybrid capped-16", "hybrid priority"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prefill_sms": (8, 32)}, "prefill_sms: found 32; expected less than the 32 SMs of the device"),
+        ({"capped_sms": (4,)}, "capped_sms: found 4; expected sizes that prefill_sms has"),
+    ],
+)
+def test_sizes_that_do_not_exist_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        areas_of(CONFIG.model_copy(update=changed), 32)
+
+
+def test_a_cost_model_is_as_wrong_at_a_row_as_its_worse_phase(measured: Path) -> None:
+    cost, area = load_profile(measured).cost(), Area("hybrid", Allocation(Mode.SPLIT, 8, 24))
+    point = next(h for h in load_profile(measured).hybrid.points if (h.mode, h.prefill_sms) == ("split", 8))
+    cell = Cell.at(area, tuple(getattr(point, name) for name in AXES["hybrid"]))
+    assert relative_error(cost, cell, point) == pytest.approx(0, abs=1e-9)
+    assert relative_error(cost, cell, replace(point, decode_median_ms=2 * point.decode_median_ms)) == pytest.approx(0.5)
+    assert relative_error(cost, cell, replace(point, prefill_median_ms=point.prefill_median_ms / 2)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"new_tokens": "1 x"}, "row 2: new_tokens: found '1 x'; expected whole numbers, or - for no batch"),
+        ({"new_tokens": "1 2", "context_lens": "3"}, "row 2: context_lens: found 1 numbers; expected 2"),
+        ({"phase": "both"}, "row 2: phase, mode: found both, split; expected prefill, decode or mixed, and a mode"),
+        ({"new_tokens": "-", "context_lens": "-"}, "row 2: found no batch of prefill; expected one"),
+    ],
+)
+def test_a_malformed_row_of_held_out_points_is_refused(changed: dict[str, str], message: str) -> None:
+    point = HoldoutPoint("prefill", "split", 8, 24, "16", "0", "-", 5, 1.0, 1.0, 1.0)
+    with pytest.raises(InputError, match=message):
+        errors([replace(point, **changed)], {}, Path("holdout.csv"))
+
+
+def test_a_grid_point_that_equal_prompts_cannot_fill_is_never_tried() -> None:
+    assert PrefillWork.at(8192, 2048).seqs == 2
+    with pytest.raises(InputError):
+        PrefillWork.at(6144, 2048)

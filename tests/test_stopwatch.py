@@ -1,0 +1,189 @@
+"""Timing steps on an executor whose times are known: solo, beside each other, fused, and what lies between runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from closed_form_cost import ClosedFormCost
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semipd.core import Allocation, Mode, Overheads, Phase, Request, Run, StepRecord
+from semipd.sim import SimExecutor
+from semipd.stopwatch import (
+    BARELY_COVERED,
+    BLOCKS,
+    Decodes,
+    Prompts,
+    Steps,
+    Stopwatch,
+    covered,
+    covered_share,
+    inner_steps,
+    spread_of,
+)
+from semipd.sweep import DecodeWork, PrefillWork
+
+TRUTH = ClosedFormCost()
+AT = Allocation(Mode.SPLIT, 8, 24)
+ALLOCATIONS = [at for at in TRUTH.allocations if at.mode is not Mode.MIXED]
+prompts = st.lists(st.tuples(st.integers(1, 800), st.integers(0, 3000)), min_size=1, max_size=5).map(
+    lambda pairs: Prompts(*(tuple(column) for column in zip(*pairs, strict=True)))
+)
+decodes = st.lists(st.integers(8, 3000), min_size=1, max_size=20).map(lambda lengths: Decodes(tuple(lengths)))
+
+
+def watch(overheads: Overheads | None = None) -> Stopwatch:
+    return Stopwatch(SimExecutor(TRUTH, overheads or Overheads()), TRUTH.layers, settle_s=0.001, measure_s=0.004)
+
+
+def decode_layer_ms(batch: Decodes, at: Allocation, beside: Prompts | None = None) -> float:
+    seconds, _ = TRUTH.decode_s(
+        len(batch.lengths), np.array([sum(batch.lengths)]), at, beside.shape if beside else None
+    )
+    return float(seconds[0]) / TRUTH.layers * 1e3
+
+
+@settings(deadline=None, max_examples=30)
+@given(prompts, decodes, st.sampled_from(ALLOCATIONS))
+def test_alone_and_beside_each_other_the_times_are_the_executors(
+    prefill: Prompts, decode: Decodes, at: Allocation
+) -> None:
+    stopwatch = watch()
+    assert stopwatch.prefill(prefill, at).median_ms == pytest.approx(
+        TRUTH.prefill_s(prefill.shape, at, None)[0] * 1e3, rel=1e-4
+    )
+    assert stopwatch.decode(decode, at).median_ms == pytest.approx(decode_layer_ms(decode, at), rel=2e-3)
+    beside_prefill, beside_decode = stopwatch.both(prefill, decode, at)
+    # A simulated step is priced beside the other batch as it was when a run began: some tokens fewer.
+    assert beside_prefill.median_ms == pytest.approx(
+        TRUTH.prefill_s(prefill.shape, at, decode.shape)[0] * 1e3, rel=0.01
+    )
+    assert beside_decode.median_ms == pytest.approx(decode_layer_ms(decode, at, prefill), rel=0.01)
+
+
+@settings(deadline=None, max_examples=20)
+@given(prompts, decodes)
+def test_a_fused_step_is_timed_from_its_launch_on(prefill: Prompts, decode: Decodes) -> None:
+    at = Allocation(Mode.MIXED, 32, 32, 8192)
+    measured = watch().mixed(prefill, decode, at)
+    expected_s, _ = TRUTH.mixed_s(prefill.shape, decode.shape)
+    assert measured.median_ms == pytest.approx(expected_s / TRUTH.layers * 1e3, rel=1e-4)
+
+
+def test_what_runs_wait_for_is_found_and_is_in_no_step() -> None:
+    stopwatch = watch(Overheads(prefill_start_ms=0.3, decode_start_ms=0.2, switch_ms=0.7))
+    prefill, decode, other = Prompts((500,), (0,)), Decodes((2000,) * 8), Allocation(Mode.SPLIT, 24, 8)
+    assert stopwatch.prefill(prefill, AT).median_ms == pytest.approx(
+        TRUTH.prefill_s(prefill.shape, AT, None)[0] * 1e3, rel=1e-4
+    )
+    stopwatch.decode(decode, AT)
+    assert stopwatch.start_ms(Phase.PREFILL) == pytest.approx(0.3, abs=1e-3)
+    assert stopwatch.start_ms(Phase.DECODE) == pytest.approx(0.2, abs=1e-2)  # later steps have more to read
+    assert stopwatch.switch_s(prefill, AT, other) == pytest.approx(0.7e-3, abs=1e-6)
+    assert stopwatch.start_ms(Phase.MIXED) == 0.0
+
+
+class Forgotten:
+    """An executor's memory of requests, as ``TorchExecutor`` keeps it."""
+
+    def __init__(self) -> None:
+        self.executor = SimExecutor(TRUTH)
+        self.known: set[int] = set()
+
+    def now(self) -> float:
+        return self.executor.now()
+
+    def launch(self, run: Run) -> None:
+        self.known |= {request.id for request in run.requests}
+        self.executor.launch(run)
+
+    def yield_(self, run_id: int) -> None:
+        self.executor.yield_(run_id)
+
+    def steps_done(self, run_id: int) -> int:
+        return self.executor.steps_done(run_id)
+
+    def wait(self, until_s: float | None) -> list[StepRecord]:
+        records = self.executor.wait(until_s)
+        for record in records:
+            self.known -= set(record.finished)
+        return records
+
+    def forget(self, ids: tuple[int, ...]) -> None:
+        assert self.known >= set(ids)
+        self.known -= set(ids)
+
+
+@settings(deadline=None, max_examples=20)
+@given(prompts, decodes)
+def test_nothing_is_left_in_flight_or_unfinished(prefill: Prompts, decode: Decodes) -> None:
+    executor = Forgotten()
+    stopwatch = Stopwatch(executor, TRUTH.layers, forget=executor.forget, settle_s=0.001, measure_s=0.004)
+    for measure in (
+        lambda: stopwatch.prefill(prefill, AT),
+        lambda: stopwatch.decode(decode, AT),
+        lambda: stopwatch.both(prefill, decode, AT),
+        lambda: stopwatch.mixed(prefill, decode, Allocation(Mode.MIXED, 32, 32, 8192)),
+    ):
+        measure()
+        assert not executor.known
+        with pytest.raises(RuntimeError, match="nothing is in flight"):
+            executor.wait(None)
+
+
+def record(start_s: float, ends_s: list[float], phase: Phase = Phase.DECODE) -> StepRecord:
+    run = Run(1, phase, (Request(0, 0.0, 1, 1),), (1,), (1,), 8, 99, AT)
+    return StepRecord(run, start_s, np.array(ends_s))
+
+
+times = st.floats(0, 10, allow_nan=False)
+intervals = st.lists(st.tuples(times, times), max_size=6)
+
+
+@given(st.lists(st.floats(0.01, 2), min_size=1, max_size=12), intervals)
+def test_a_step_that_was_alone_for_half_of_its_time_never_counts(lengths: list[float], others: list) -> None:
+    ends = np.cumsum(lengths)
+    steps = Steps(ends - np.array(lengths), ends)
+    flights, last = [], 0.0
+    for drawn_s, length in sorted(others):  # one after the other, as the runs of a phase are
+        start_s = max(drawn_s, last)
+        last = start_s + length / 4
+        flights.append(record(start_s, [last]))
+    grid = np.linspace(0, ends[-1], 20_001)
+    inside = np.zeros(len(grid), dtype=bool)
+    for flight in flights:
+        inside |= (grid >= flight.start_s) & (grid <= flight.end_s)
+    by_hand = [inside[(grid >= a) & (grid <= b)].mean() for a, b in zip(steps.starts_s, steps.ends_s, strict=True)]
+    resolution = 4 * ends[-1] / 20_000 / min(lengths) * (1 + len(flights))
+    assert covered_share(steps, flights) == pytest.approx(np.array(by_hand), abs=resolution)
+    counted = covered(steps, flights)
+    shares = dict(zip(steps.starts_s.tolist(), by_hand, strict=True))
+    assert all(shares[start] >= BARELY_COVERED - resolution for start in counted.starts_s.tolist())
+
+
+def test_the_first_step_of_a_run_and_the_sampling_layer_are_no_inner_steps() -> None:
+    decode = record(0.0, [3.0, 4.0, 6.0])
+    assert inner_steps([decode], 4).times_s.tolist() == [1.0, 2.0]
+    whole = record(0.0, [3.0, 4.0, 6.0, 9.0], Phase.PREFILL)
+    assert inner_steps([whole], 4).times_s.tolist() == [1.0, 2.0]
+    stopped = record(0.0, [3.0, 4.0, 6.0], Phase.PREFILL)
+    assert inner_steps([stopped], 4).times_s.tolist() == [1.0, 2.0]
+    assert inner_steps([record(0.0, [3.0, 4.0], Phase.PREFILL)], 2).times_s.tolist() == [3.0, 1.0]
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
+def test_a_spread_is_of_the_means_of_blocks_and_counts_every_step(taken_ms: list[float]) -> None:
+    spread = spread_of(np.array(taken_ms))
+    blocks = [np.mean(block) for block in np.array_split(taken_ms, min(BLOCKS, len(taken_ms)))]
+    assert spread.steps == len(taken_ms)
+    assert spread.median_ms == pytest.approx(float(np.median(blocks)), abs=1e-6)
+    assert min(taken_ms) - 1e-6 <= spread.p10_ms <= spread.median_ms <= spread.p90_ms <= max(taken_ms) + 1e-6
+
+
+@given(st.integers(1, 64), st.integers(2, 500))
+def test_equal_batches_have_the_shape_of_their_work(batch: int, each: int) -> None:
+    work = DecodeWork(batch, batch * each)
+    assert Decodes.of(work).shape == work.shape
+    prefill = PrefillWork.at(128 * each, 64)
+    assert Prompts.of(prefill).shape == prefill.shape
