@@ -614,7 +614,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing field": (lambda f: edit_header(f, layers=None), "profile.json: layers: missing; expected a value"),
     "unknown field": (
         lambda f: edit_header(f, sms=1),
-        "profile.json: sms: unknown; expected only name, .*weights_bytes, overheads",
+        "profile.json: sms: unknown; expected only name, .*weights_bytes, overheads, model",
     ),
     "unknown overhead": (
         lambda f: edit_header(f, overheads={"start_ms": 1.0}),

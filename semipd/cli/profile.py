@@ -75,6 +75,10 @@ def profile(
         raise InputError("num_blocks: missing; expected the KV blocks to take of this machine's memory")
     if (out / "profile.json").exists() and not resume:
         raise InputError(f"{out}: holds a profile; expected a new folder, or --resume to go on with it")
+    if device == "cuda":
+        from semipd.partition import Device
+
+        Device(0).resource()  # says what is missing in one line, where torch would not
     from semipd.provenance import provenance
 
     work: dict[str, object] = {**described.model_dump(mode="json"), "page_size_tokens": found.block_size}
