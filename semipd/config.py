@@ -335,7 +335,7 @@ class ProfileConfig(Strict):
     limit_ms: PositiveFloat = 400.0
     holdout: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
-    limit_s: PositiveFloat | None = None
+    limit_s: PositiveFloat | None = 480.0
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 8192
     block_size: Positive = 16

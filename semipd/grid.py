@@ -13,8 +13,8 @@ import numpy as np
 
 from semipd.core import FloatArray, InputError
 
-FLOORS: Mapping[str, float] = {"tokens": 16, "mean_context": 64, "kv_tokens": 256}
-"""Work below which a step takes no less time, since kernels compute whole tiles (docs/profiles.md)."""
+FLOORS: Mapping[str, float] = {"tokens": 16, "mean_context": 64, "batch": 8, "kv_tokens": 512}
+"""Work below which a step takes no less time to speak of, since kernels compute whole tiles (docs/profiles.md)."""
 
 V = TypeVar("V", float, FloatArray)
 

@@ -222,7 +222,7 @@ GROUPS = ("prefill alone", "prefill beside", "decode alone", "decode beside", "m
 def held_out(profile: Profile) -> dict[str, dict[str, Errors]]:
     """How far models are off at a profile's held-out points, by group and model; nothing when it has none.
 
-    The models: ``table``, ``solo only`` and, if it is known which model was run, ``roofline``.
+    The models: ``table``, ``solo`` and, if it is known which model was run, ``roofline``.
 
     Raises InputError as ``read_table`` and ``Profile.cost`` do.
     """
@@ -230,7 +230,7 @@ def held_out(profile: Profile) -> dict[str, dict[str, Errors]]:
     if not path.exists():
         return {}
     cost, sms = profile.cost(), profile.device_sms
-    models: dict[str, Times] = {"table": cost, "solo only": SoloOnly(cost, Allocation(Mode.EXCLUSIVE, sms, sms))}
+    models: dict[str, Times] = {"table": cost, "solo": SoloOnly(cost, Allocation(Mode.EXCLUSIVE, sms, sms))}
     if profile.model is not None:
         described = build(dict(profile.model), ModelConfig, f"{profile.folder / 'profile.json'}: model")
         models["roofline"] = fitted(described, sms, profile.prefill.points, profile.decode.points)

@@ -90,11 +90,11 @@ def test_held_out_points_of_a_bilinear_truth_are_met_and_show_what_leaving_conte
         assert of["table"].p95 < 0.01
         assert of["table"].outside == 0
         assert abs(of["table"].bias) <= of["table"].p95
-        assert set(of) == {"table", "solo only", "roofline"}
+        assert set(of) == {"table", "solo", "roofline"}
         if group.endswith("beside"):
-            assert of["solo only"].median > 0.1
-            assert of["solo only"].bias < 0
-    assert held["mixed"]["solo only"].bias == pytest.approx(1 / 0.9 - 1, rel=1e-3)
+            assert of["solo"].median > 0.1
+            assert of["solo"].bias < 0
+    assert held["mixed"]["solo"].bias == pytest.approx(1 / 0.9 - 1, rel=1e-3)
 
 
 def test_held_out_points_are_ragged_and_off_the_grid_and_drawn_with_the_seed(measured: Path, tmp_path: Path) -> None:

@@ -28,13 +28,12 @@ def profiled_report(
 def holdout_report(held: Mapping[str, Mapping[str, Errors]]) -> RenderableType:
     """Held-out errors: a line a group, three columns a model."""
     models = list(next(iter(held.values())))
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=None)
-    table.add_column("held out\n", no_wrap=True)
-    table.add_column("\npoints", justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("held out\n%", no_wrap=True)
+    table.add_column("\npoints", justify="right", no_wrap=True)
     for model in models:
-        table.add_column(f"{model}\nmedian", justify="right")
-        table.add_column("%\np95", justify="right")
-        table.add_column("\nbias", justify="right")
+        for heading in (f"{model}\nmedian", "\np95", "\nbias"):
+            table.add_column(heading, justify="right", no_wrap=True)
     for group, of in held.items():
         cells = [cell for model in models for cell in _cells(of[model])]
         table.add_row(group, f"{of[models[0]].points:,}", *cells)
@@ -46,4 +45,10 @@ def holdout_report(held: Mapping[str, Mapping[str, Errors]]) -> RenderableType:
 
 
 def _cells(errors: Errors) -> tuple[str, str, str]:
-    return f"{100 * errors.median:.1f}", f"{100 * errors.p95:.1f}", f"{100 * errors.bias:+.1f}"
+    """Percent: one decimal where it can be seen."""
+    median, p95, bias = (100 * x for x in (errors.median, errors.p95, errors.bias))
+    return f"{median:.{_decimals(median)}f}", f"{p95:.{_decimals(p95)}f}", f"{bias:+.{_decimals(bias)}f}"
+
+
+def _decimals(percent: float) -> int:
+    return 1 if abs(percent) < 100 else 0
