@@ -31,7 +31,7 @@ TINY = CONFIGS / "models" / "tiny.yaml"
 
 
 def command(out: Path, *words: str) -> list[str]:
-    config = CONFIGS / "profile-cpu-tiny.yaml"
+    config = CONFIGS / "profiles" / "cpu-tiny.yaml"
     return [
         "profile", "--model", str(TINY), "--device", "cpu", "--config", str(config), "--out", str(out), *words
     ]  # fmt: skip
@@ -110,7 +110,7 @@ def test_a_folder_that_has_a_profile_is_kept(measured: Path, capsys: pytest.Capt
 
 
 def test_the_shipped_configuration_files_and_the_defaults_are_valid() -> None:
-    assert load(CONFIGS / "profile-cpu-tiny.yaml", ProfileConfig).num_blocks == 200
+    assert load(CONFIGS / "profiles" / "cpu-tiny.yaml", ProfileConfig).num_blocks == 200
     assert ProfileConfig().modes == ("split", "capped", "priority", "mixed")
 
 
