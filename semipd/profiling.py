@@ -324,19 +324,25 @@ def snapped(name: str, value: float) -> int:
 
 
 def relative_error(cost: CostModel, cell: Cell, point: Any) -> float:
-    """The larger of how far, relatively, a cost model is off in either phase of a measured row."""
+    """How far, relatively, a cost model is off at a measured row, beyond half of the row's own spread (p10 to p90).
+
+    Of two phases the larger; below zero where the spread explains it.
+    """
     at, p, d = cell.area.at, cell.prefill_shape, cell.decode_shape
+
+    def beyond(seconds: float, prefix: str = "") -> float:
+        median_ms, p10_ms, p90_ms = (getattr(point, f"{prefix}{name}_ms") for name in ("median", "p10", "p90"))
+        return float(abs(seconds * 1e3 / median_ms - 1) - (p90_ms - p10_ms) / 2 / median_ms)
+
     if p and cell.area.table == "mixed":
-        return abs(cost.mixed_s(p, d)[0] * 1e3 / cost.layers / float(point.median_ms) - 1)
-    off: list[float] = []
+        return beyond(cost.mixed_s(p, d)[0] / cost.layers)
+    found = []
     if p:
-        measured_ms = point.prefill_median_ms if d else point.median_ms
-        off.append(cost.prefill_s(p, at, d)[0] * 1e3 / measured_ms)
+        found.append(beyond(cost.prefill_s(p, at, d)[0], "prefill_" if d else ""))
     if d:
-        measured_ms = point.decode_median_ms if p else point.median_ms
         step_s = cost.decode_s(d.batch, np.array([d.kv_tokens]), at, p)[0][0]
-        off.append(step_s * 1e3 / cost.layers / measured_ms)
-    return max(abs(ratio - 1) for ratio in off)
+        found.append(beyond(step_s / cost.layers, "decode_" if p else ""))
+    return max(found)
 
 
 def blocks_of(prefill: Prompts | None, decode: Decodes | None, block_size: int) -> int:

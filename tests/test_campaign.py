@@ -258,13 +258,18 @@ def test_sizes_that_do_not_exist_are_refused(changed: dict[str, Any], message: s
         areas_of(CONFIG.model_copy(update=changed), 32)
 
 
-def test_a_cost_model_is_as_wrong_at_a_row_as_its_worse_phase(measured: Path) -> None:
+def test_a_cost_model_is_as_wrong_at_a_row_as_its_worse_phase_beyond_the_rows_spread(measured: Path) -> None:
     cost, area = load_profile(measured).cost(), Area("hybrid", Allocation(Mode.SPLIT, 8, 24))
-    point = next(h for h in load_profile(measured).hybrid.points if (h.mode, h.prefill_sms) == ("split", 8))
-    cell = Cell.at(area, tuple(getattr(point, name) for name in AXES["hybrid"]))
-    assert relative_error(cost, cell, point) == pytest.approx(0, abs=1e-9)
-    assert relative_error(cost, cell, replace(point, decode_median_ms=2 * point.decode_median_ms)) == pytest.approx(0.5)
-    assert relative_error(cost, cell, replace(point, prefill_median_ms=point.prefill_median_ms / 2)) == pytest.approx(1)
+    found = next(h for h in load_profile(measured).hybrid.points if (h.mode, h.prefill_sms) == ("split", 8))
+    p_ms, d_ms = found.prefill_median_ms, found.decode_median_ms
+    sharp = replace(found, prefill_p10_ms=p_ms, prefill_p90_ms=p_ms, decode_p10_ms=d_ms, decode_p90_ms=d_ms)
+    cell = Cell.at(area, tuple(getattr(found, name) for name in AXES["hybrid"]))
+    assert relative_error(cost, cell, sharp) == pytest.approx(0, abs=1e-9)
+    assert relative_error(cost, cell, replace(sharp, prefill_median_ms=p_ms / 2)) == pytest.approx(1)
+    slower = replace(sharp, decode_median_ms=2 * d_ms)
+    assert relative_error(cost, cell, slower) == pytest.approx(0.5)
+    blurred = replace(slower, decode_p10_ms=1.8 * d_ms, decode_p90_ms=2.2 * d_ms)
+    assert relative_error(cost, cell, blurred) == pytest.approx(0.5 - 0.1)
 
 
 @pytest.mark.parametrize(
