@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,20 @@ class Profile(ProfileHeader):
             layers=self.layers,
             source=str(self.folder),
         )
+
+    def prefill_backend(self, sms: int) -> str:
+        """The attention kernel that prefill on a partition was measured with; of several the one fastest most often.
+
+        Raises KeyError for a partition that was not measured.
+        """
+        fastest: dict[tuple[int, int], PrefillPoint] = {}
+        for point in self.prefill.points:
+            place = point.tokens, point.mean_context
+            if point.sms == sms and (place not in fastest or point.median_ms < fastest[place].median_ms):
+                fastest[place] = point
+        if not fastest:
+            raise KeyError(f"no prefill was measured on {sms} SMs")
+        return Counter(point.backend for point in fastest.values()).most_common(1)[0][0]
 
 
 def shipped_profiles() -> dict[str, Path]:

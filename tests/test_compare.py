@@ -238,3 +238,12 @@ def test_the_document_has_the_fixed_names(setup: Setup) -> None:
         "request_throughput_rps", "output_throughput_tps", "slo", "slo_attainment", "goodput_rps", "preemptions",
         "switches", "time_in_split", "kv_peak_share", "extrapolated_share", "saturation", "wall_s",
     }  # fmt: skip
+
+
+def test_a_replay_on_a_gpu_takes_the_kernel_that_its_profile_was_measured_with() -> None:
+    from semipd.profile import load_profile
+
+    profile = load_profile("h200/gqa-64-8-128")
+    assert profile.prefill_backend(96) == "fa3-sized"
+    with pytest.raises(KeyError, match="no prefill was measured on 97 SMs"):
+        profile.prefill_backend(97)

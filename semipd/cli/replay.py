@@ -200,6 +200,7 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
         max_num_batched_tokens=options.max_num_batched_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
         prefill_sms=sorted({at.prefill_sms for at in setup.cost.allocations} - {setup.cost.device_sms}),
+        prefill_backend=setup.profile.prefill_backend,
     ) as opened:
         limits = replace(setup.scheduler, num_blocks=opened.num_blocks)
         sms = setup.cost.device_sms
