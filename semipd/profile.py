@@ -11,7 +11,17 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from semipd.core import NO_OVERHEADS, InputError, Overheads
 from semipd.cost import TableCost
-from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, Point, PrefillPoint, SweepTable, read_table
+from semipd.sweep import (
+    DecodePoint,
+    HybridPoint,
+    MixedPoint,
+    Point,
+    PrefillPoint,
+    SweepTable,
+    read_points,
+    read_provenance,
+    read_table,
+)
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -107,7 +117,9 @@ def load_profile(name: str | Path) -> Profile:
                 f"{folder / 'hybrid.csv'}: row {row}: prefill_sms + decode_sms: found {both}; expected at most the "
                 f"device's {header.device_sms}"
             )
-    mixed = read_table(folder / "mixed.csv", MixedPoint) if (folder / "mixed.csv").exists() else None
+    fused, mixed = folder / "mixed.csv", None
+    if fused.exists():  # if only begun, which costs no more than that mode
+        mixed = SweepTable(tuple(read_points(fused, MixedPoint)), read_provenance(fused))
     said = {field.name: getattr(header, field.name) for field in fields(ProfileHeader)}
     return Profile(**said, folder=folder, prefill=prefill, decode=decode, hybrid=hybrid, mixed=mixed)
 

@@ -93,7 +93,8 @@ def test_a_replay_prints_its_summary_as_one_document(config: Path, capsys: pytes
 def test_a_comparison_document_holds_every_run(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(compared("--profile", str(profile), "--json")) == 0
     found = document(capsys)
-    assert [run["policy"] for run in found["runs"]] == ["exclusive", "static-8", "static-16", "static-24", "adaptive"]
+    policies = ["exclusive", "exclusive-decode", "static-8", "static-16", "static-24", "adaptive"]
+    assert [run["policy"] for run in found["runs"]] == policies
     assert found["best_static"].startswith("static-")
     assert found["recommended"] in {run["policy"] for run in found["runs"]}
     assert found["profile"] == "synthetic"
@@ -178,7 +179,7 @@ def test_the_azure_conversation_trace_completes_on_the_shipped_profile(capsys: p
     ("words", "line"),
     [
         (("compare", "--policies", "static-12"), "policy: found 'static-12'; expected static-N with N one of the"),
-        (("compare", "--policies", ""), "policy: found ''; expected exclusive, static-N"),
+        (("compare", "--policies", ""), "policy: found ''; expected one of exclusive, exclusive-decode, static-N"),
         (("compare", "--slo", "fast"), "command line: slo: found 'fast'; expected ttft_s and tpot_s, or one of"),
         (("compare", "--trace", "none.csv"), "trace: found 'none.csv'; expected a file, or what is shipped:"),
         (("compare", "--profile", "none"), "profile: found 'none'; expected a folder or one of h200/gqa-64-8-128"),
