@@ -143,7 +143,9 @@ class Campaign:
             self._backends[sms] = name
             self._subject.use_backend(sms, name)
 
-        choose_backends(self._stopwatch, self._areas, self._config, self._subject.backends, use)
+        whole = next(area.at for area in self._areas if area.table == "prefill")
+        self._stopwatch.settle_host(Prompts((16,), (0,)), whole, self._config.warmup_s)
+        choose_backends(self._stopwatch, self._areas, self._subject.backends, use)
         return overheads(self._new_stopwatch(), self._areas, self._config)
 
     def run(self) -> bool:

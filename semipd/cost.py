@@ -224,9 +224,8 @@ class TableCost:
     Solo times are bilinear in (tokens, mean_context) and in (batch, kv_tokens), in the fastest backend measured at each
     point. Beside the other phase a step takes its solo time times a slowdown, which is measured at the same split and
     multilinear in the logarithms of tokens, mean_context, batch and kv_tokens. Between two measured KV token counts, a
-    decode step beside prefill is linear in time. A fused step takes what its two parts take alone on the whole device,
-    times a measured factor that is multilinear in the same logarithms. Outside the grid a look-up is clamped to its
-    edge and counted; between two partitions nothing is interpolated.
+    decode step beside prefill is linear in time. A fused step's time is multilinear in the same four. Outside the
+    grid a look-up is clamped to its edge and counted; between two partitions nothing is interpolated.
 
     Rows of mode ``streams`` of the hybrid table are not used. Instances can be pickled.
 
@@ -273,8 +272,7 @@ class TableCost:
         self.refused: dict[Mode, str] = {}
         for mode in (Mode.CAPPED, Mode.PRIORITY):
             self._contention |= self._unless_refused(mode, partial(self._shared, mode, by_mode, source)) or {}
-        whole = self._prefill[device_sms], self._decode[device_sms]
-        self._fused = self._unless_refused(Mode.MIXED, lambda: _fused(mixed, *whole, f"{source}/mixed.csv"))
+        self._fused = self._unless_refused(Mode.MIXED, lambda: _fused(mixed, f"{source}/mixed.csv"))
         self._remember()
 
     def _unless_refused(self, mode: Mode, read: Callable[[], P]) -> P | None:
@@ -367,13 +365,11 @@ class TableCost:
         if self._fused is None:
             raise KeyError(f"fused batches were not measured: {self.refused[Mode.MIXED]}")
         place = chunk.tokens, chunk.mean_context
-        layer_s, outside = self._prefill[self.device_sms].at(*place)
         if decode is None:
-            return layer_s * self.layers, outside
-        at = Allocation(Mode.MIXED, self.device_sms, self.device_sms)
-        step_s, beyond = self.decode_s(decode.batch, np.array([decode.kv_tokens]), at, None)
-        factor, also = self._fused.at(*place, decode.batch, decode.kv_tokens)
-        return (layer_s * self.layers + step_s.item(0)) * factor, outside or beyond > 0 or also
+            layer_s, outside = self._prefill[self.device_sms].at(*place)
+        else:
+            layer_s, outside = self._fused.at(*place, decode.batch, decode.kv_tokens)
+        return layer_s * self.layers, outside
 
     def _decode_curve(self, batch: int, at: Allocation, beside: PrefillShape | None) -> Curve:
         solo = _partition(self._decode, at.decode_sms, "decode")
@@ -475,14 +471,11 @@ def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: Dec
     )
 
 
-def _fused(points: Iterable[MixedPoint], prefill: Grid[float], decode: DecodeCurves, where: str) -> Grid[float]:
-    """How many times longer a fused step takes than its parts alone, one after the other."""
+def _fused(points: Iterable[MixedPoint], where: str) -> Grid[float]:
+    """Seconds of a fused step, divided by the layers."""
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.median_ms)
     if not best:
         raise InputError(f"{where}: no measured point; expected some to choose fused batches")
     values = axis_values(best, _SHARED, where)
-    factors = []
-    for t, m, b, k in itertools.product(*values):
-        alone_s = prefill.at(t, m)[0] + np.interp(k, decode.kv_tokens, decode.at_batch.at(b)[0])
-        factors.append(float(best[t, m, b, k].median_ms / 1e3 / alone_s))
-    return Grid([Axis(name, v, log=True) for name, v in zip(_SHARED, values, strict=True)], factors)
+    seconds = [best[t, m, b, k].median_ms / 1e3 for t, m, b, k in itertools.product(*values)]
+    return Grid([Axis(name, v) for name, v in zip(_SHARED, values, strict=True)], seconds)

@@ -37,6 +37,12 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "hybrid": ("tokens", "mean_context", "batch", "kv_tokens"),
     "mixed": ("tokens", "mean_context", "batch", "kv_tokens"),
 }
+TYPICAL_TOKENS = 1024
+"""Of each of two prompts, about as long as in conversations, for which prefill's attention kernel is chosen."""
+
+CLEARLY = 1.03
+"""How many times faster another attention kernel has to be."""
+
 POINTS: Mapping[str, type[Any]] = {
     "prefill": PrefillPoint,
     "decode": DecodePoint,
@@ -218,11 +224,14 @@ class Profiling:
         yield Progress(total, total, "done")
 
     def refine(self, areas: Iterable[Area], cost: Callable[[], CostModel], tolerance: float) -> Iterator[Progress]:
-        """Give axes more values, each time where the cost model errs most, until it nowhere errs by ``tolerance``.
+        """Give axes more values where the cost model errs, until it nowhere errs by more than ``tolerance``.
 
-        Tried is the middle of every interval of every axis, at one place of the other axes.
+        Tried is the middle of every interval of every axis, at one place of the other axes. Areas take turns, each with
+        the value where the model errs most there, so that one whose times are noisy does not take all there is. What
+        a point spreads by itself is no error of the model's.
         """
         done = 0
+        turns = dict.fromkeys(self.areas, 0)
         tried: dict[tuple[Area, Probe], tuple[float, Any]] = {}
         areas = list(areas)
         model = cost()
@@ -237,7 +246,8 @@ class Profiling:
             wrong = [x for x in sorted(candidates, key=_order) if tried[x][0] > tolerance]
             if not wrong:
                 break
-            area, probe = max(wrong, key=lambda x: tried[x][0])
+            area, probe = max(wrong, key=lambda x: (-turns[x[0]], tried[x][0]))
+            turns[area] += 1
             worst, tried_point = tried[area, probe]
             points = [tried_point]
             for place in self.areas[area].knot(probe.axis, probe.value):
@@ -388,20 +398,26 @@ def longest_sequence(config: ProfileConfig) -> int:
 def choose_backends(
     stopwatch: Stopwatch,
     areas: Iterable[Area],
-    config: ProfileConfig,
     names: Sequence[str],
     use: Callable[[int, str], None],
 ) -> None:
-    """Have every partition of prefill use the attention kernel that is fastest there, for a long batch."""
-    work = PrefillWork.at(_last_but_one(config.prefill.tokens), _middle(config.prefill.mean_context))
+    """Have every partition of prefill use the attention kernel with which a typical run is over first.
+
+    That includes the host's planning, which takes longer for kernels that need more of it. A kernel is taken before
+    those named earlier only if it is faster by ``CLEARLY``: fa2, which is named first, wastes least on short prompts.
+    """
+    batch = Prompts((TYPICAL_TOKENS, TYPICAL_TOKENS), (0, 0))
     for area in areas:
         if area.table == "prefill":
             sms = area.at.prefill_sms
-            took_ms = {}
+            took_s = {}
             for name in names if len(names) > 1 else ():
                 use(sms, name)
-                took_ms[name] = stopwatch.prefill(Prompts.of(work), area.at).median_ms
-            use(sms, min(took_ms, key=lambda name: took_ms[name]) if took_ms else names[0])
+                took_s[name] = stopwatch.whole_s(batch, area.at)
+            best = names[0]
+            for name, seconds in took_s.items():
+                best = name if seconds < took_s[best] / CLEARLY else best
+            use(sms, best)
 
 
 def overheads(stopwatch: Stopwatch, areas: Iterable[Area], config: ProfileConfig) -> Overheads:
@@ -426,10 +442,6 @@ def overheads(stopwatch: Stopwatch, areas: Iterable[Area], config: ProfileConfig
 
 def _middle(values: Sequence[int]) -> int:
     return sorted(values)[len(values) // 2]
-
-
-def _last_but_one(values: Sequence[int]) -> int:
-    return sorted(values)[-2:][0]
 
 
 def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> float:

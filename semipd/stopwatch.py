@@ -26,6 +26,8 @@ BLOCKS = 5
 COVERED = 0.8  # of a step's time the other phase has to be in flight
 BARELY_COVERED = 0.5  # where its runs are so short that no step is covered better
 TRIES = 2
+WHOLE_RUNS = 3
+SETTLED = 40  # groups of small runs, none of which was faster than those before
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,24 @@ class Stopwatch:
         settled = [r for r in records if r.start_s >= records[0].start_s + self._settle_s]
         times_s = np.array([r.end_s - r.start_s for r in settled or records[1:]])
         return spread_of(times_s / self.layers * 1e3)
+
+    def whole_s(self, batch: Prompts, at: Allocation) -> float:
+        """Median seconds of a prefill run as a whole, from its launch to its end, its planning by the host included."""
+        records = [self._whole_run(self._prefill(batch, at)) for _ in range(1 + WHOLE_RUNS)]
+        return float(np.median([record.end_s - record.start_s for record in records[1:]]))
+
+    def settle_host(self, batch: Prompts, at: Allocation, limit_s: float) -> None:
+        """Repeat small runs, which wait for the host, until they get no faster; at most for so long.
+
+        A process's first seconds are slow: memory is touched, code loaded and compiled kernels fetched for the first
+        time.
+        """
+        begun_s = self._executor.now()
+        recent: list[float] = []
+        while self._executor.now() - begun_s < limit_s:
+            recent.append(self.whole_s(batch, at))
+            if len(recent) > SETTLED and min(recent[-SETTLED:]) > 0.98 * min(recent[:-SETTLED]):
+                return
 
     def switch_s(self, batch: Prompts, one: Allocation, other: Allocation, times: int = 10) -> float:
         """What the start of a prefill run takes longer, in the median, after a run at another allocation.

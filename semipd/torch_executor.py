@@ -6,6 +6,7 @@ never waits for a stream, so that neither phase starves because of the other (do
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -101,6 +102,10 @@ def open_executor(
         )
         opened.callback(executor.close)
         on.synchronize()  # weights, cache and workspaces are made on another stream than those that use them
+        # What is there by now stays: a collection that went through all of torch would hold up both streams.
+        gc.collect()
+        gc.freeze()
+        opened.callback(gc.unfreeze)
         yield executor
 
 

@@ -63,9 +63,9 @@ def decode_slowdown(tokens: float, mean_context: float, batch: float, kv_tokens:
     return 1 + 0.008 * log2(tokens) + 0.0005 * log2(mean_context) * log2(kv_tokens) + 0.003 * log2(batch)
 
 
-def mixed_factor(tokens: float, mean_context: float, batch: float, kv_tokens: float) -> float:
-    """How many times longer a fused step takes than its two parts alone, one after the other."""
-    return 0.9 - 0.004 * log2(tokens) + 0.002 * log2(batch) + 0.0005 * log2(kv_tokens) * log2(mean_context)
+def mixed_ms(tokens: float, mean_context: float, batch: float, kv_tokens: float) -> float:
+    """A fused step, divided by the layers: linear in each."""
+    return 0.05 + 2e-4 * tokens * (1 + mean_context / 4096) + 1e-4 * batch + 3e-7 * kv_tokens * (1 + batch / 512)
 
 
 def _spread(median_ms: float, prefix: str = "") -> dict[str, Any]:
@@ -108,12 +108,10 @@ def hybrid_point(
     )
 
 
-def mixed_point(prefill: PrefillWork, decode: DecodeWork, device_sms: int = 32) -> MixedPoint:
+def mixed_point(prefill: PrefillWork, decode: DecodeWork) -> MixedPoint:
     """One row of mixed.csv."""
     place = (prefill.tokens, prefill.mean_context, decode.batch, decode.kv_tokens)
-    alone_ms = prefill_ms(*place[:2], device_sms) + decode_ms(*place[2:], device_sms, device_sms)
-    spread = _spread(alone_ms * mixed_factor(*place))
-    return MixedPoint(**asdict(prefill), **asdict(decode), backend="fa2", steps=10, **spread)
+    return MixedPoint(**asdict(prefill), **asdict(decode), backend="fa2", steps=10, **_spread(mixed_ms(*place)))
 
 
 def prefill_points(sms: Sequence[int]) -> list[PrefillPoint]:
@@ -135,11 +133,11 @@ def hybrid_points(prefill_sms: Sequence[int], device_sms: int = 32, mode: str = 
     return [hybrid_point(p, d, n, device_sms, mode) for n in prefill_sms for p in prefills for d in decodes]
 
 
-def mixed_points(device_sms: int = 32) -> list[MixedPoint]:
+def mixed_points() -> list[MixedPoint]:
     """Fused batches on the whole device."""
     prefills = grid(MIXED_TOKENS, HYBRID_CONTEXTS)
     decodes = decode_grid(HYBRID_BATCHES, HYBRID_KV_TOKENS)
-    return [mixed_point(p, d, device_sms) for p in prefills for d in decodes]
+    return [mixed_point(p, d) for p in prefills for d in decodes]
 
 
 def write_profile(
@@ -178,7 +176,7 @@ def write_profile(
         for h in hybrid_points([device_sms], device_sms, "priority"):
             hybrid.add(h)
         mixed = TableWriter(folder / "mixed.csv", MixedPoint, provenance)
-        for m in mixed_points(device_sms):
+        for m in mixed_points():
             mixed.add(m)
     header = {
         "name": name,

@@ -17,7 +17,7 @@ from synthetic_profile import (
     MIXED_TOKENS,
     decode_ms,
     decode_slowdown,
-    mixed_factor,
+    mixed_ms,
     prefill_ms,
     prefill_slowdown,
     write_profile,
@@ -85,10 +85,10 @@ def test_a_fused_step_meets_the_closed_form_and_without_decode_it_is_prefill_alo
     cost: TableCost, place: tuple[int, int, int, int]
 ) -> None:
     tokens, context, batch, kv = place
-    alone_ms = prefill_ms(tokens, context, DEVICE), decode_ms(batch, kv, DEVICE)
     seconds, outside = cost.mixed_s(shape(tokens, context), DecodeShape(batch, kv))
-    assert (seconds, outside) == (pytest.approx(sum(alone_ms) * mixed_factor(*place) * LAYERS / 1e3), False)
-    assert cost.mixed_s(shape(tokens, context), None) == (pytest.approx(alone_ms[0] * LAYERS / 1e3), False)
+    assert (seconds, outside) == (pytest.approx(mixed_ms(*place) * LAYERS / 1e3), False)
+    alone_s = prefill_ms(tokens, context, DEVICE) * LAYERS / 1e3
+    assert cost.mixed_s(shape(tokens, context), None) == (pytest.approx(alone_s), False)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,7 @@ def test_a_fused_step_outside_the_grid_is_clamped_and_counted(
 ) -> None:
     seconds, outside = cost.mixed_s(shape(tokens, context), DecodeShape(batch, kv))
     inside = min(tokens, 2048), min(context, 32768), min(batch, 256), min(kv, 524288)
-    # The factor is that of the edge; the solo table of prefill goes farther in tokens.
-    alone_ms = prefill_ms(tokens, inside[1], DEVICE) + decode_ms(inside[2], inside[3], DEVICE)
-    assert (seconds, outside) == (pytest.approx(alone_ms * mixed_factor(*inside) * LAYERS / 1e3), True)
+    assert (seconds, outside) == (pytest.approx(mixed_ms(*inside) * LAYERS / 1e3), True)
 
 
 INCOMPLETE: dict[str, tuple[Callable[[Path], object], Mode, str, str]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from closed_form_cost import ClosedFormCost
@@ -187,3 +189,37 @@ def test_equal_batches_have_the_shape_of_their_work(batch: int, each: int) -> No
     assert Decodes.of(work).shape == work.shape
     prefill = PrefillWork.at(128 * each, 64)
     assert Prompts.of(prefill).shape == prefill.shape
+
+
+def test_a_whole_run_is_timed_with_what_the_host_does_before_its_first_step() -> None:
+    batch = Prompts((64, 300), (0, 500))
+    layer_s = TRUTH.prefill_s(batch.shape, AT, None)[0]
+    stopwatch = watch(Overheads(prefill_start_ms=2.0))
+    assert stopwatch.whole_s(batch, AT) == pytest.approx(2e-3 + TRUTH.layers * layer_s)
+
+
+class GettingFaster(SimExecutor):
+    """Its clock is that of a simulation, but its first runs start late."""
+
+    def __init__(self, slow_runs: int) -> None:
+        super().__init__(TRUTH, Overheads())
+        self.runs, self.slow_runs = 0, slow_runs
+
+    def launch(self, run: Run) -> None:
+        self.runs += 1
+        super().launch(run)
+
+    def wait(self, until_s: float | None) -> list[StepRecord]:
+        records = super().wait(until_s)
+        if self.runs >= self.slow_runs:
+            return records
+        return [replace(record, start_s=record.start_s - 0.5 / self.runs) for record in records]
+
+
+def test_the_host_is_settled_when_small_runs_get_no_faster_or_the_time_is_up() -> None:
+    batch = Prompts((16,), (0,))
+    for slow_runs, limit_s, settled in ((1, 1e9, True), (400, 1e9, True), (10**9, 0.05, False)):
+        executor = GettingFaster(slow_runs)
+        stopwatch = Stopwatch(executor, TRUTH.layers, settle_s=0.001, measure_s=0.004)
+        stopwatch.settle_host(batch, AT, limit_s)
+        assert executor.runs > slow_runs if settled else executor.now() >= limit_s
