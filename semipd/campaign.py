@@ -221,7 +221,10 @@ def write_header(out: Path, model: ModelConfig, about: dict[str, object], host: 
     gpu = str(about["gpu"])
     header = ProfileHeader(
         name="/".join(out.resolve().parts[-2:]),
-        description=f"{model.parameters / 1e9:.2f} billion parameters, {model.dtype}, through the executor that serves",
+        description=(
+            f"A model of {model.parameters / 1e9:.2f} billion parameters, {model.dtype}, {model.layers} layers, "
+            "measured through the executor that serves it."
+        ),
         device=gpu,
         device_sms=int(str(about["device_sms"])),
         layers=model.layers,

@@ -110,8 +110,8 @@ class Workload(Strict):
     """
 
     trace: TraceConfig = TraceConfig()
-    profile: str = "h200/gqa-64-8-128"
-    slo: str | SloConfig = "mlperf-70b-interactive"
+    profile: str = "h200/llama-3-8b"
+    slo: str | SloConfig = "mlperf-8b-interactive"
     scheduler: SchedulerOptions = SchedulerOptions()
     predictor_error: Annotated[float, Field(ge=0, le=2)] = 0.0
     predictor_seed: Annotated[int, Field(ge=0)] = 0
@@ -144,11 +144,11 @@ class ReplayConfig(Workload):
 class CompareConfig(Workload):
     """One comparison: the same replay under several policies. ``policies`` empty means all of them.
 
-    The default is the shipped comparison: eight times the rate of the shipped trace, where attention alone is near
-    the capacity of an H200.
+    The default is the shipped comparison: three times the rate of the shipped trace, where a Llama-3-8B is near the
+    capacity of an H200.
     """
 
-    trace: TraceConfig = TraceConfig(rate_scale=8.0)
+    trace: TraceConfig = TraceConfig(rate_scale=3.0)
     policies: tuple[str, ...] = ()
 
 

@@ -94,6 +94,8 @@ def _caveats(runs: Sequence[Summary], profile: Profile, predicted_by: str, ran: 
             if profile.overheads.switch_ms
             else "A switch costs the wait until both phases reach a boundary, and nothing else."
         )
+    if ran is None and (starts := _starts(profile)):
+        lines.append(f"Host time from a launch until work begins, as measured: {', '.join(starts)}.")
     lost = [f"{run.policy} {run.requests - run.completed:,}" for run in runs if run.completed < run.requests]
     if lost:
         lines.append(f"Requests dropped or not completed: {', '.join(lost)}.")
@@ -126,3 +128,14 @@ def _number(value: float, decimals: int = 2) -> str:
     """Three significant digits; below one, that many decimals."""
     digits = decimals if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}"
+
+
+def _starts(profile: Profile) -> list[str]:
+    """What the host takes to start a run of each kind, where it was measured."""
+    host = profile.overheads
+    of = {
+        "a prefill run": host.prefill_start_ms,
+        "a decode run": host.decode_start_ms,
+        "a fused step": host.mixed_start_ms,
+    }
+    return [f"{name} {ms:.2g} ms" for name, ms in of.items() if ms]
