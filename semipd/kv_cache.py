@@ -117,22 +117,31 @@ class BlockManager:
         return more - self._unit_blocks * counted
 
     def hold(self, sequence: int, tokens: int, keys: Sequence[int] = ()) -> None:
-        """Grow a sequence outside the decode batch to ``tokens``, sharing the whole units of its prompt.
+        """Grow a sequence outside the decode batch to ``tokens``, as ``hold_all`` does."""
+        self.hold_all(((sequence, tokens, keys),))
 
-        Raises ValueError when too few blocks are available.
+    def hold_all(self, wanted: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Grow sequences outside the decode batch, each to so many tokens, sharing the whole units of its prompt.
+
+        At once: a unit that one of them shares does not go for the room of another. Raises ValueError when too few
+        blocks are available.
         """
-        if sequence in self._offsets:
-            raise ValueError(f"sequence {sequence} is in the decode batch, which grows together")
-        blocks = self.cost(sequence, tokens, keys)
+        blocks, ahead = 0, set[int]()
+        for sequence, tokens, keys in wanted:
+            if sequence in self._offsets:
+                raise ValueError(f"sequence {sequence} is in the decode batch, which grows together")
+            blocks += self.cost(sequence, tokens, keys, ahead)
+            ahead.update(keys[: tokens // self.unit_tokens])
         self._check(blocks)
-        if keys:
-            units = self._new_units(sequence, tokens, keys)
-            for key in units:
-                self._holders[key] = self._holders.get(key, 0) + 1
-                self._cached.pop(key, None)
-            self._shared.setdefault(sequence, []).extend(units)
+        for sequence, tokens, keys in wanted:
+            if keys:
+                units = self._new_units(sequence, tokens, keys)
+                self._shared.setdefault(sequence, []).extend(units)
+                for key in units:
+                    self._holders[key] = self._holders.get(key, 0) + 1
+                    self._cached.pop(key, None)
+            self._held[sequence] = tokens
         self._take(blocks)
-        self._held[sequence] = tokens
 
     def join(self, sequence: int) -> None:
         """Move a sequence, with what it holds, into the decode batch. Raises KeyError when it holds nothing."""

@@ -24,7 +24,8 @@ class SchedulerConfig:
     ``num_blocks``: KV blocks of ``block_size`` tokens. ``max_num_seqs``: sequences being prefilled or decoded.
     ``max_num_batched_tokens``: tokens of a prefill or fused batch. ``watermark``: share of the blocks that an admission
     leaves free while sequences decode, so that they are not preempted at once. ``decode_steps``: most steps of a decode
-    run; None for as many as its KV blocks allow.
+    run; None for as many as its KV blocks allow. ``prefix_block_size``: tokens of the prefix blocks that requests name,
+    with prefix caching; 0 without it.
     """
 
     num_blocks: int
@@ -33,6 +34,7 @@ class SchedulerConfig:
     block_size: int = 16
     watermark: float = 0.01
     decode_steps: int | None = None
+    prefix_block_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_num_seqs", "max_num_batched_tokens", "block_size", "decode_steps"):
@@ -41,6 +43,8 @@ class SchedulerConfig:
                 raise ValueError(f"{name}: found {value}; expected at least 1")
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark: found {self.watermark}; expected a share from 0 to below 1")
+        if self.prefix_block_size < 0:
+            raise ValueError(f"prefix_block_size: found {self.prefix_block_size}; expected at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +92,18 @@ class Scheduler:
         preemptions: Times that a sequence lost its blocks.
         switches: Times that the allocation in force changed.
         blocks: The KV cache.
+        prompt_tokens: Tokens of the prompts admitted so far.
+        prefix_hit_tokens: Of these, those that were cached when their prompt was admitted first.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy, *, device_sms: int, layers: int) -> None:
         self.config = config
         self.policy = policy
-        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_block_size)
         self.dropped: list[tuple[Request, str]] = []
         self.preemptions = 0
         self.switches = 0
+        self.prompt_tokens = self.prefix_hit_tokens = 0
         self._device_sms = device_sms
         self._layers = layers
         self._watermark_blocks = int(config.watermark * config.num_blocks)
@@ -109,6 +116,7 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._base_sum = 0  # of _decoding
         self._joining: list[Sequence] = []  # decode from the next boundary on
+        self._leaving: list[int] = []  # finished by prefill, with blocks that are yet to be released
 
         self._in_flight: dict[Phase, Run] = {}
         self._yielding: set[int] = set()
@@ -148,7 +156,7 @@ class Scheduler:
         self._drains = False
         if request.id in self._live:
             raise ValueError(f"request {request.id} is unfinished; expected each id once")
-        sequence = Sequence(request, self._next_order)
+        sequence = Sequence(request, self._next_order, self.blocks.keys_of(request))
         self._next_order += 1
         self._live[request.id] = sequence
         if self.blocks.blocks(request.prompt_len + 1) > self.blocks.num_blocks:
@@ -173,6 +181,7 @@ class Scheduler:
             return self._yield(decode)
         else:
             self._follow(decode, steps_done(decode.id))
+            self._release_leaving()
         batch = self._next_batch()
         if batch is None and not self._decoding:
             return NOTHING
@@ -204,7 +213,9 @@ class Scheduler:
                 self._complete_batch(self._batch, record)
         for request_id in record.finished:
             del self._live[request_id]
-            self.blocks.release(request_id)
+            self._leaving.append(request_id)
+        if Phase.DECODE not in self._in_flight:  # else once the blocks are counted that it has taken meanwhile
+            self._release_leaving()
 
     def _complete_decode(self, record: StepRecord) -> None:
         steps = record.steps
@@ -217,6 +228,11 @@ class Scheduler:
             self._decode_changed = self._decode_changed or len(left) < len(self._decoding)
             self._decoding = left
             self._base_sum = sum([sequence.base for sequence in left])
+
+    def _release_leaving(self) -> None:
+        for request_id in self._leaving:
+            self.blocks.release(request_id)
+        self._leaving.clear()
 
     def _complete_batch(self, batch: PrefillBatch, record: StepRecord) -> None:
         self._batch = None
@@ -242,7 +258,7 @@ class Scheduler:
             self._joining = []
         if self._ahead or not self._decoding:
             return
-        while self.blocks.need() > self.blocks.free:
+        while self.blocks.need() > self.blocks.available:
             self._preempt(max(self._decoding, key=lambda sequence: sequence.order))
         if self._decoding:
             self.blocks.advance()
@@ -285,8 +301,8 @@ class Scheduler:
             chain((self._partial,), self._waiting) if self._partial else self._waiting,
             tokens=self._prompt_tokens(),
             places=self.config.max_num_seqs - decoding,
-            free=self.blocks.free - (self._watermark_blocks if decoding else 0),
-            blocks_of=self.blocks.blocks,
+            free=self.blocks.available - (self._watermark_blocks if decoding else 0),
+            cache=self.blocks,
             layers=self._layers,
         )
 
@@ -317,7 +333,7 @@ class Scheduler:
                 oldest_wait_s=now_s - head.request.arrival_s if head else 0.0,
                 prefill=batch.shape if batch else None,
                 decode=self._decode_shape(),
-                kv_free_share=self.blocks.free / self.blocks.num_blocks,
+                kv_free_share=self.blocks.available / self.blocks.num_blocks,
                 split=self._split,
             )
             target, tokens = self.policy.decide(load), self._prompt_tokens()
@@ -378,16 +394,20 @@ class Scheduler:
 
     def _fits(self, decode: Run, batch: PrefillBatch) -> bool:
         """Whether the decode run in flight can still reach its last step once the batch has its blocks."""
-        return self.blocks.need(decode.max_steps - self._ahead) <= self.blocks.free - batch.blocks
+        return self.blocks.need(decode.max_steps - self._ahead) <= self.blocks.available - batch.blocks
 
     def _admit(self, batch: PrefillBatch) -> None:
-        for sequence, new_tokens in zip(batch.sequences, batch.new_tokens, strict=True):
-            self.blocks.hold(sequence.request.id, sequence.prefilled + new_tokens)
-            self._waiting_tokens -= new_tokens
+        for sequence, done, new_tokens in zip(batch.sequences, batch.context_lens, batch.new_tokens, strict=True):
+            self._waiting_tokens -= done - sequence.prefilled + new_tokens
             if sequence is self._partial:
                 self._partial = None
-            else:
-                self._waiting.popleft()
+                continue
+            self._waiting.popleft()
+            sequence.prefilled = done
+            if sequence.length == sequence.request.prompt_len:
+                self.prompt_tokens += sequence.length
+                self.prefix_hit_tokens += done
+        self.blocks.hold_all(batch.holds)
         self._batch = batch
         self._start_asked = False
 

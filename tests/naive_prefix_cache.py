@@ -1,11 +1,18 @@
 """Prefix caching once more, block by block: every KV block has a number and knows what is in it.
 
-To hold ``BlockManager`` against, which only counts. Nothing is shared with it; no keys, no counters, no order kept:
-who holds a block, what is cached and what goes first is looked up from all sequences and from when each stretch of a
-prompt was last in use.
+To hold ``BlockManager`` against, which only counts, and scheduler and simulator with it. Nothing is shared with it; no
+keys, no counters, no order kept: who holds a block, what is cached and what goes first is looked up from all sequences
+and from when each stretch of a prompt was last in use.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+from reference import Batch, Job, Reference
+
+from semipd.core import PrefillShape
+from semipd.scheduler import SchedulerConfig
 
 Stretch = tuple[int, ...]
 """A prompt's first prefix blocks, a whole number of units of them, by their ids."""
@@ -22,6 +29,13 @@ class NaivePrefixCache:
         self.known: dict[Stretch, list[int]] = {}  # where the last unit of a stretch lies
         self.last_use: dict[Stretch, int] = {}
         self.now = 0
+
+    def copy(self) -> NaivePrefixCache:
+        """Another one of the same state; what is in its dictionaries is never changed in place, but for tables."""
+        other = NaivePrefixCache.__new__(NaivePrefixCache)
+        other.__dict__ = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+        other.tables = {sequence: list(table) for sequence, table in self.tables.items()}
+        return other
 
     def held(self) -> set[int]:
         return {block for table in self.tables.values() for block in table}
@@ -51,7 +65,7 @@ class NaivePrefixCache:
 
         ``ids`` are those of the prompt's whole prefix blocks: units that the tokens complete are shared by them.
         """
-        saved = ({s: list(t) for s, t in self.tables.items()}, dict(self.known), {**self.stretches})
+        saved = self.copy()
         self.now += 1
         table = self.tables.setdefault(sequence, [])
         mine = list(self.stretches.get(sequence, []))
@@ -63,7 +77,7 @@ class NaivePrefixCache:
                 table[n * per_unit : (n + 1) * per_unit] = self.known[stretch]
         while len(table) < -(-tokens // self.block_size):
             if not self.free() and not self.evict():
-                self.tables, self.known, self.stretches = saved
+                self.__dict__ = saved.__dict__
                 return False
             table.append(min(self.free()))
         for n in range(len(mine), whole):
@@ -86,3 +100,92 @@ class NaivePrefixCache:
         del self.tables[sequence]
         for stretch in self.stretches.pop(sequence):
             self.last_use[stretch] = self.now
+
+
+class CachingReference(Reference):
+    """The brute-force system with prefix caching: rooms are those of a ``NaivePrefixCache``."""
+
+    def __init__(self, config: SchedulerConfig, *args: Any) -> None:
+        super().__init__(config, *args)
+        self.cache = NaivePrefixCache(config.num_blocks, config.block_size, config.prefix_block_size)
+        self.prompt_tokens = self.hit_tokens = 0
+
+    def ids(self, job: Job) -> Stretch:
+        return job.request.prefix_block_ids[: job.request.prompt_len // self.config.prefix_block_size]
+
+    def grow(self, job: Job, tokens: int) -> bool:
+        return self.cache.grow(job.request.id, tokens, self.ids(job))
+
+    def emit(self, job: Job) -> None:
+        job.token_times.append(self.now)
+        if self.finished(job):
+            self.cache.leave(job.request.id)
+
+    def free(self) -> int:
+        used = len(self.cache.held())
+        self.kv_peak = max(self.kv_peak, used)
+        return self.config.num_blocks - used
+
+    def make_room(self) -> None:
+        """As without caching, but that giving way leaves prefixes cached."""
+        while self.decoding:
+            trial = self.cache.copy()
+            if all(trial.grow(job.request.id, job.cached + 1, self.ids(job)) for job in self.decoding):
+                self.cache = trial
+                self.free()
+                return
+            last = max(self.decoding, key=self.jobs.index)
+            self.decoding.remove(last)
+            self.cache.leave(last.request.id)
+            if self.blocks(last.cached + 1) > self.config.num_blocks:
+                self.dropped.append(last.request.id)
+                continue
+            self.preemptions += 1
+            last.to_prefill = last.cached + 1
+            last.cached = 0
+            self.waiting.insert(0, last)
+
+    def candidate(self) -> Batch | None:
+        """As without caching, but after what is cached; in a copy where nothing is ever evicted."""
+        running = len(self.decoding) + len(self.joining)
+        endless = self.cache.copy()
+        endless.num_blocks = 10**3
+        most = len(self.cache.held()) + self.free()
+        most -= int(self.config.watermark * self.config.num_blocks) if running else 0
+        batch = Batch([], [], PrefillShape(0, 0.0), self.cost.layers)
+        self.contexts: list[int] = []
+        pairs = 0.0
+        for job in ([self.cut] if self.cut else []) + self.waiting:
+            context = job.cached or endless.hit_tokens(self.ids(job), job.to_prefill)
+            tokens = min(job.to_prefill - context, self.tokens_wanted() - sum(batch.new))
+            if tokens <= 0 or running + len(batch.jobs) == self.config.max_num_seqs:
+                break
+            whole = endless.copy()
+            whole.grow(job.request.id, job.to_prefill, self.ids(job))
+            endless.grow(job.request.id, context + tokens, self.ids(job))
+            if len(endless.held()) > most or (not job.cached and len(whole.held()) > most):
+                break
+            batch.jobs.append(job)
+            batch.new.append(tokens)
+            self.contexts.append(context)
+            pairs += tokens * (context + tokens / 2)
+        batch.shape = PrefillShape(sum(batch.new), pairs)
+        return batch if batch.jobs else None
+
+    def admit(self, batch: Batch) -> None:
+        """Whoever shares what is cached does so before room is made for anyone."""
+        for job, context in zip(batch.jobs, self.contexts, strict=True):
+            if job is not self.cut and job.to_prefill == job.request.prompt_len:
+                self.prompt_tokens += job.to_prefill
+                self.hit_tokens += context
+            job.cached = context
+            self.grow(job, self.cache.hit_tokens(self.ids(job), job.to_prefill) if job is not self.cut else context)
+        for job, new in zip(batch.jobs, batch.new, strict=True):
+            assert self.grow(job, job.cached + new)
+            if job is self.cut:
+                self.cut = None
+            else:
+                self.waiting.remove(job)
+        self.batch = batch
+        self.asked_for_next_batch = False
+        self.free()

@@ -340,9 +340,11 @@ class Reference:
         new: list[int] = []
         for job in ([self.cut] if self.cut else []) + self.waiting:
             tokens = min(job.to_prefill - job.cached, self.tokens_wanted() - sum(new))
-            left -= self.blocks(job.cached + tokens) - self.blocks(job.room)
-            if tokens <= 0 or left < 0 or running + len(jobs) == self.config.max_num_seqs:
+            piece = self.blocks(job.cached + tokens) - self.blocks(job.room)
+            needed = piece if job.cached else self.blocks(job.to_prefill)
+            if tokens <= 0 or left < needed or running + len(jobs) == self.config.max_num_seqs:
                 break
+            left -= piece
             jobs.append(job)
             new.append(tokens)
         if not jobs:

@@ -360,7 +360,7 @@ def test_scheduler_and_simulator_agree_with_a_brute_force_model_of_the_whole_sys
     assert [request.id for request, _ in scheduler.dropped] == expected.dropped
     assert (scheduler.preemptions, scheduler.switches) == (expected.preemptions, expected.switches)
     # A request of one token gives its blocks back while a decode run is in flight, whose growth is counted later.
-    if all(request.output_len > 1 for request in scenario.requests):
+    if True:
         assert scheduler.blocks.peak_used == expected.kv_peak
 
 
