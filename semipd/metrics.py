@@ -317,6 +317,7 @@ class Summary:
     extrapolated_share: float | None
     saturation: Saturation
     wall_s: float | None
+    prefix_hit_share: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object: names, numbers and null, never NaN."""
@@ -333,14 +334,17 @@ class Summary:
         return document
 
 
-def request_table(log: Log, requests: Trace | Sequence[Request]) -> RequestTable:
+def request_table(log: Log, requests: Trace | Sequence[Request], sent_s: FloatArray | None = None) -> RequestTable:
     """When each request arrived, got its first token and finished, and what follows from that.
+
+    ``sent_s``: when each request of a trace was sent, if not when it arrives there; NaN for one that was not.
 
     Raises ValueError when the log has a request that is not among these, or when two have the same id.
     """
     if isinstance(requests, Trace):
-        ids = np.arange(len(requests))
-        arrival_s, prompt_tokens, output_tokens = requests.arrival_s, requests.prompt_len, requests.output_len
+        at_s = requests.arrival_s if sent_s is None else sent_s
+        ids = np.argsort(at_s, kind="stable")[: np.count_nonzero(~np.isnan(at_s))]
+        arrival_s, prompt_tokens, output_tokens = at_s[ids], requests.prompt_len[ids], requests.output_len[ids]
     else:
         ids = np.array([r.id for r in requests], dtype=np.int64)
         arrival_s = np.array([r.arrival_s for r in requests], dtype=np.float64)
@@ -366,31 +370,35 @@ def summarise(
     log: Log,
     requests: Trace | Sequence[Request],
     *,
+    sent_s: FloatArray | None = None,
     policy: str,
     slo: Slo,
     dropped: Collection[int] = (),
     preemptions: int = 0,
     switches: int = 0,
     kv_peak_share: float | None = None,
+    prefix_hit_share: float | None = None,
     wall_s: float | None = None,
 ) -> Summary:
     """Summary of a replay.
 
     Args:
         log: What its runs did.
-        requests: All requests sent, in order of arrival.
+        requests: All requests, in order of arrival.
+        sent_s: When each of them was sent, as for ``request_table``.
         policy: Its name.
         slo: Targets that make a request good.
         dropped: Ids of the requests that the scheduler gave up.
         preemptions: As the scheduler counted.
         switches: As the scheduler counted.
         kv_peak_share: Largest share of the KV blocks in use.
+        prefix_hit_share: Share of the prompts' tokens that was cached; None without prefix caching.
         wall_s: Seconds that the replay took to compute.
 
     Raises:
         ValueError: The log has a request that is not among ``requests``, or two of these have the same id.
     """
-    table = request_table(log, requests)
+    table = request_table(log, requests, sent_s)
     sent = len(table.id)
     start_s = float(table.arrival_s[0]) if sent else 0.0
     complete = ~np.isnan(table.finish_s)
@@ -425,6 +433,7 @@ def summarise(
         extrapolated_share=log.extrapolated / log.lookups if log.lookups else None,
         saturation=saturation(table.arrival_s[counted], np.sort(served)),
         wall_s=wall_s,
+        prefix_hit_share=prefix_hit_share,
     )
 
 

@@ -116,7 +116,7 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._base_sum = 0  # of _decoding
         self._joining: list[Sequence] = []  # decode from the next boundary on
-        self._leaving: list[int] = []  # finished by prefill, with blocks that are yet to be released
+        self._leaving: list[int] = []  # finished by prefill beside a decode run, whose blocks are to be counted first
 
         self._in_flight: dict[Phase, Run] = {}
         self._yielding: set[int] = set()
@@ -143,6 +143,13 @@ class Scheduler:
     def draining(self) -> bool:
         """Whether runs in flight are being ended for a new allocation."""
         return bool(self._in_flight) and self._target != self._current
+
+    @property
+    def prefix_hit_share(self) -> float | None:
+        """Share of the prompts' tokens that was cached when they were admitted first; None without prefix caching."""
+        if not self.config.prefix_block_size or not self.prompt_tokens:
+            return None
+        return self.prefix_hit_tokens / self.prompt_tokens
 
     def has_unfinished(self) -> bool:
         """Whether a request was added that is neither finished nor dropped."""
@@ -177,6 +184,7 @@ class Scheduler:
         decode = self._in_flight.get(Phase.DECODE)
         if decode is None:
             self._make_room()
+            self._release_leaving()
         elif self._joining and decode.id not in self._yielding:
             return self._yield(decode)
         else:
@@ -211,11 +219,13 @@ class Scheduler:
             self._batch.layers -= record.steps if phase is Phase.PREFILL else self._layers
             if not self._batch.layers:
                 self._complete_batch(self._batch, record)
+        beside_decode = phase is Phase.PREFILL and Phase.DECODE in self._in_flight
         for request_id in record.finished:
             del self._live[request_id]
-            self._leaving.append(request_id)
-        if Phase.DECODE not in self._in_flight:  # else once the blocks are counted that it has taken meanwhile
-            self._release_leaving()
+            if beside_decode:
+                self._leaving.append(request_id)
+            else:
+                self.blocks.release(request_id)
 
     def _complete_decode(self, record: StepRecord) -> None:
         steps = record.steps

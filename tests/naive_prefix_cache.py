@@ -116,10 +116,8 @@ class CachingReference(Reference):
     def grow(self, job: Job, tokens: int) -> bool:
         return self.cache.grow(job.request.id, tokens, self.ids(job))
 
-    def emit(self, job: Job) -> None:
-        job.token_times.append(self.now)
-        if self.finished(job):
-            self.cache.leave(job.request.id)
+    def leave(self, job: Job) -> None:
+        self.cache.leave(job.request.id)
 
     def free(self) -> int:
         used = len(self.cache.held())
@@ -136,7 +134,7 @@ class CachingReference(Reference):
                 return
             last = max(self.decoding, key=self.jobs.index)
             self.decoding.remove(last)
-            self.cache.leave(last.request.id)
+            self.leave(last)
             if self.blocks(last.cached + 1) > self.config.num_blocks:
                 self.dropped.append(last.request.id)
                 continue

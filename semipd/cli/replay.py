@@ -172,6 +172,11 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
             None,
         )
         return
+    if config.scheduler.enable_prefix_caching:
+        raise InputError(
+            f"scheduler.enable_prefix_caching: found true; expected false with --executor {name.value}, "
+            "whose sequences share no blocks"
+        )
     if find_spec("torch") is None:
         raise InputError("running a model needs torch: pip install 'semipd[gpu]'")
     if config.model is None:
