@@ -91,7 +91,7 @@ def next_batch(
             done = cache.cached_tokens(keys, whole, ahead)
         new = min(whole - done, left)
         blocks_after = blocks + cache.cost(sequence.request.id, done + new, keys, ahead)
-        all_blocks = blocks + cache.cost(sequence.request.id, whole, keys, ahead) if first else 0
+        all_blocks = blocks + cache.cost(sequence.request.id, whole, keys, ahead) if first else blocks_after
         if new <= 0 or len(sequences) >= places or max(blocks_after, all_blocks) > free:
             break
         sequences.append(sequence)

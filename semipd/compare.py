@@ -39,6 +39,7 @@ class Setup:
 
     trace: Trace
     closed_loop: bool
+    strict: bool
     profile: Profile
     cost: TableCost
     predictor: CostModel
@@ -68,6 +69,7 @@ def prepare(config: Workload) -> Setup:
     return Setup(
         trace=trace,
         closed_loop=config.trace.closed_loop,
+        strict=config.strict,
         profile=profile,
         cost=cost,
         predictor=Misjudged(cost, error, seed) if error else cost,
@@ -144,7 +146,12 @@ def simulate(
         device_sms=setup.cost.device_sms,
         layers=setup.cost.layers,
     )
-    return run(setup, policy, scheduler, SimExecutor(setup.cost, setup.profile.overheads), watch=watch, each=each)
+    return run(setup, policy, scheduler, sim_executor(setup), watch=watch, each=each)
+
+
+def sim_executor(setup: Setup) -> SimExecutor:
+    """A simulation on the setup's tables, which refuses look-ups outside of them when it is strict."""
+    return SimExecutor(setup.cost, setup.profile.overheads, setup.cost.outside if setup.strict else None)
 
 
 def run(

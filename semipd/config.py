@@ -110,7 +110,8 @@ class Workload(Strict):
     """What is replayed, on what, and by which targets it is judged: a preset's name, or TTFT and TPOT.
 
     ``predictor_error``: by how much the times that policies predict with are off (``semipd.cost.Misjudged``), drawn
-    with ``predictor_seed``; at 0 they predict with what the simulation runs on.
+    with ``predictor_seed``; at 0 they predict with what the simulation runs on. ``strict``: refuse a simulation that
+    looks a step time up outside the measured grid, instead of clamping it to the edge and counting it.
     """
 
     trace: TraceConfig = TraceConfig()
@@ -119,6 +120,7 @@ class Workload(Strict):
     scheduler: SchedulerOptions = SchedulerOptions()
     predictor_error: Annotated[float, Field(ge=0, le=2)] = 0.0
     predictor_seed: Annotated[int, Field(ge=0)] = 0
+    strict: bool = False
 
     @field_validator("slo")
     @classmethod
