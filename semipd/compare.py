@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from semipd.client import ClosedLoop
 from semipd.config import SchedulerOptions, TraceConfig, Workload
 from semipd.core import InputError, Slo, StepRecord
 from semipd.cost import CostModel, Misjudged, TableCost
+from semipd.diagnosis import time_shares
 from semipd.driver import replay
 from semipd.executor import Executor
 from semipd.metrics import Log, RequestTable, Summary, request_table, summarise
@@ -202,7 +205,20 @@ def run(
         prefix_hit_share=scheduler.prefix_hit_share,
         wall_s=time.perf_counter() - start_s,
     )
-    return Outcome(summary, request_table(log, setup.trace, sent_s), complete)
+    table = request_table(log, setup.trace, sent_s)
+    return Outcome(_diagnosed(summary, log, table, scheduler, setup.cost), table, complete)
+
+
+def _diagnosed(summary: Summary, log: Log, table: RequestTable, scheduler: Scheduler, cost: CostModel) -> Summary:
+    """The summary with what the replay was bound by."""
+    kept = ~np.isin(table.id, [request.id for request, _ in scheduler.dropped])
+    ends_s = np.where(np.isnan(table.finish_s), log.end_s, table.finish_s)
+    in_system_s = float(np.maximum(ends_s - table.arrival_s, 0.0)[kept].sum())
+    outputs = table.output_tokens
+    context = float((outputs * (table.prompt_tokens + outputs / 2)).sum() / outputs.sum()) if len(outputs) else 0.0
+    shares = time_shares(in_system_s, log.decode_time(), scheduler.blocked.request_s, cost, context)
+    most = max(shares.items(), key=lambda item: item[1])[0] if shares else None
+    return replace(summary, time_shares=shares, bound_by=most)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from semipd.core import Allocation, FloatArray, IntArray, Phase, Request, Slo, StepRecord
+from semipd.diagnosis import Bound, DecodeTime
 from semipd.trace import Trace
 
 Saturation = Literal["stable", "backlogged", "overloaded"]
@@ -51,6 +52,7 @@ class Log:
         self.extrapolated = 0
         self._names: dict[str, int] = {}  # of allocations, with their numbers
         self._allocations: dict[Allocation, int] = {}  # number of the name
+        self._decode_s: dict[int, tuple[Allocation, float, float]] = {}  # by that number: busy, request-seconds
         self._run_allocation, self._run_start_s, self._run_end_s = array("l"), array("d"), array("d")
         self._chunk_steps, self._exact_steps = chunk_steps, exact_steps
         self._chunks: list[tuple[int, FloatArray]] = []  # how many decode runs, and the gaps of their steps
@@ -81,6 +83,9 @@ class Log:
         if steps == 0:
             return
         if run.phase is Phase.DECODE:
+            at, busy_s, request_s = self._decode_s.get(number, (run.allocation, 0.0, 0.0))
+            took_s = end_s - record.start_s
+            self._decode_s[number] = at, busy_s + took_s, request_s + took_s * len(run.requests)
             self._append_decode(run.requests, record)
         elif steps == run.max_steps:
             if run.decodes:
@@ -157,6 +162,15 @@ class Log:
     def finishes(self) -> tuple[IntArray, FloatArray]:
         """Ids of the requests that are complete, and when their last token came."""
         return _ints(self._finish_id), _floats(self._finish_s)
+
+    def decode_time(self) -> dict[Allocation, DecodeTime]:
+        """How long decode ran by itself, at each allocation."""
+        return {at: DecodeTime(busy_s, request_s) for at, busy_s, request_s in self._decode_s.values()}
+
+    @property
+    def end_s(self) -> float:
+        """When the last run ended; 0 without runs."""
+        return max(self._run_end_s, default=0.0)
 
     def gaps(self) -> Iterator[Counted]:
         """Gaps between successive tokens of a request, in seconds, and how many of each there are; in parts."""
@@ -318,6 +332,8 @@ class Summary:
     saturation: Saturation
     wall_s: float | None
     prefix_hit_share: float | None = None
+    bound_by: Bound | None = None
+    time_shares: Mapping[Bound, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object: names, numbers and null, never NaN."""

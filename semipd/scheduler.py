@@ -13,6 +13,7 @@ from itertools import chain
 
 from semipd.batch import PrefillBatch, Sequence, next_batch
 from semipd.core import Allocation, DecodeShape, Load, Mode, Phase, Request, Run, StepRecord
+from semipd.diagnosis import Blocked, Cause
 from semipd.kv_cache import BlockManager
 from semipd.policies import Policy
 
@@ -92,6 +93,7 @@ class Scheduler:
         preemptions: Times that a sequence lost its blocks.
         switches: Times that the allocation in force changed.
         blocks: The KV cache.
+        blocked: How long prompts waited while none was prefilled, and why.
         prompt_tokens: Tokens of the prompts admitted so far.
         prefix_hit_tokens: Of these, those that were cached when their prompt was admitted first.
     """
@@ -104,6 +106,7 @@ class Scheduler:
         self.preemptions = 0
         self.switches = 0
         self.prompt_tokens = self.prefix_hit_tokens = 0
+        self.blocked = Blocked()
         self._device_sms = device_sms
         self._layers = layers
         self._watermark_blocks = int(config.watermark * config.num_blocks)
@@ -194,6 +197,8 @@ class Scheduler:
         if batch is None and not self._decoding:
             return NOTHING
         target, batch = self._decide(now_s, batch)
+        waiting = len(self._waiting) + (self._partial is not None) if batch is None else 0
+        self.blocked.note(now_s, self._cause() if waiting else None, waiting)
         if target is not self._current and target != self._current:
             if self._in_flight:
                 self._drains = True
@@ -324,6 +329,12 @@ class Scheduler:
             return min(at.chunk_tokens, most) - decoding
         waits = decoding and at is not None and at.mode is Mode.EXCLUSIVE and at.first is Phase.DECODE
         return 0 if waits else most
+
+    def _cause(self) -> Cause:
+        """Why no prompt starts, of those that wait."""
+        if len(self._decoding) + len(self._joining) >= self.config.max_num_seqs:
+            return "queue"
+        return "KV" if self._prompt_tokens() > 0 else "decode"
 
     def _decide(self, now_s: float, batch: PrefillBatch | None) -> tuple[Allocation, PrefillBatch | None]:
         """The policy's answer, asked for when a batch is about to start or who is busy or decoding has changed.

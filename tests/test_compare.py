@@ -237,7 +237,7 @@ def test_the_document_has_the_fixed_names(setup: Setup) -> None:
         "policy", "requests", "completed", "dropped", "duration_s", "ttft_s", "tpot_s", "itl_s", "e2e_s",
         "request_throughput_rps", "output_throughput_tps", "slo", "slo_attainment", "goodput_rps", "preemptions",
         "switches", "time_in_split", "kv_peak_share", "extrapolated_share", "saturation", "wall_s",
-            "prefix_hit_share",
+            "prefix_hit_share", "bound_by", "time_shares",
     }  # fmt: skip
 
 
