@@ -120,7 +120,7 @@ def test_decode_is_bound_by_sms_where_the_whole_device_would_be_faster_and_else_
 ) -> None:
     """In that profile 16 of 32 SMs draw all of the memory bandwidth; on 8 a step takes about twice as long."""
     decode = {Allocation(Mode.SPLIT, 32 - decode_sms, decode_sms): DecodeTime(busy_s=1.0, request_s=64.0)}
-    found = time_shares(64.0, decode, Blocked().request_s, load_profile(folder).cost(), 1000.0)
+    found = time_shares(64.0, decode, Blocked().request_s, load_profile(folder).cost(), 4000.0)
     assert found is not None
     assert found[bound] == 1.0
 
