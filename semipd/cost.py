@@ -381,9 +381,10 @@ class TableCost:
         for table, measured, sought in self._consulted(own, at, beside):
             for name, axis in measured.items():
                 if not axis.low <= sought[name] <= axis.high:
+                    least = f"{axis.low:,.10g} to" if axis.low > 0 else "at most"
                     return (
-                        f"{name}: found {sought[name]:,.10g} at {at.name}; expected {axis.low:,.10g} to "
-                        f"{axis.high:,.10g}, as measured in {table}"
+                        f"{name}: found {sought[name]:,.10g} at {at.name}; expected {least} {axis.high:,.10g}, "
+                        f"as measured in {table}"
                     )
         return None
 
