@@ -26,6 +26,7 @@ TraceFormatName = Literal[
     "azure-csv",
     "mooncake-jsonl",
     "bailian-jsonl",
+    "llmservingsim-jsonl",
     "burstgpt-csv",
     "vidur-csv",
     "splitwise-csv",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_profile import write_profile
 from test_laws import Scenario, scenarios
 
+from semipd.cli import main
 from semipd.client import Client, ClosedLoop
 from semipd.core import Request, Slo, StepRecord
 from semipd.cost import ConstantCost
@@ -157,3 +163,62 @@ def test_a_closed_loop_without_a_second_turn_is_the_open_loop(scenario: Scenario
         return [(record.start_s, record.ends_s.tolist()) for record in records]
 
     assert log(requests) == log(ClosedLoop(trace))
+
+
+def replay_file(tmp_path: Path, rows: list[dict[str, object]], **changed: object) -> Path:
+    path, config = tmp_path / "t.jsonl", tmp_path / "replay.yaml"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document: dict[str, object] = {
+        "trace": {"path": str(path), "closed_loop": True},
+        "profile": str(write_profile(tmp_path / "p")),
+        "policy": "static-16",
+        "slo": {"ttft_s": 1.0, "tpot_s": 1.0},
+    }
+    config.write_text(json.dumps(document | changed))
+    return config
+
+
+def turns(n: int) -> list[dict[str, object]]:
+    """Two sessions of n turns each, whose stamps would have all of them sent at once."""
+    return [
+        {"session_id": name, "timestamp": 0, "input_length": 20, "output_length": 5} | ({"delay": 30} if turn else {})
+        for name in "ab"
+        for turn in range(n)
+    ]
+
+
+def saved_requests(run: Path) -> list[dict[str, float]]:
+    with (run / "requests.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("executor", ["sim", "cpu"])
+def test_every_executor_can_be_driven_in_closed_loop(tmp_path: Path, executor: str) -> None:
+    if executor == "cpu":
+        pytest.importorskip("torch")
+    tiny = Path(__file__).parent.parent / "configs" / "models" / "tiny.yaml"
+    config = replay_file(tmp_path, turns(4), model=str(tiny), scheduler={"num_blocks": 200})
+    assert main(["replay", str(config), "--executor", executor, "--out", str(tmp_path / "r")]) == 0
+    found = {row["id"]: row for row in saved_requests(tmp_path / "r")}
+    assert len(found) == 8
+    for session in (range(4), range(4, 8)):
+        assert found[session[0]]["arrival_s"] == 0
+        for before, turn in pairwise(session):
+            delay_s = found[turn]["arrival_s"] - found[before]["finish_s"]
+            assert delay_s == pytest.approx(0.03) if executor == "sim" else delay_s >= 0.03 - 1e-9
+
+
+def test_the_report_says_that_the_loop_was_closed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replay_file(tmp_path, turns(3))
+    assert main(["replay", str(config)]) == 0
+    assert "closed loop: a turn waits for the one before" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_closed_loop_without_sessions_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replay_file(tmp_path, [{"timestamp": 0, "input_length": 20, "output_length": 5}])
+    assert main(["replay", str(config)]) == 2
+    assert capsys.readouterr().err == (
+        "error: trace.closed_loop: found true, but t has no sessions; expected a trace with some\n"
+    )

@@ -67,7 +67,7 @@ def test_a_configuration_survives_being_saved_and_read_again(seqs: int, scale: f
         ({"trace": {"rate_scale": float("inf")}}, "c.yaml: trace.rate_scale: found inf; expected a finite number"),
         (
             {"trace": {"paht": "x"}},
-            "c.yaml: trace.paht: unknown; expected one of arrivals, dequantise_s, end_s, every_s, format, jitter_s,",
+            "c.yaml: trace.paht: unknown; expected one of arrivals, closed_loop, dequantise_s, end_s, every_s, format,",
         ),
         ({"trace": {"format": "csv"}}, "c.yaml: trace.format: found 'csv'; expected 'azure-csv', 'mooncake-jsonl',"),
     ],
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[st
 def test_an_unknown_field_on_top_is_answered_with_the_known_ones() -> None:
     assert refusal({"sead": 1}) == (
         "c.yaml: sead: unknown; expected one of model, policy, predictor_error, predictor_seed, profile, scheduler, "
-        "slo, trace, weights"
+        "slo, strict, trace, weights"
     )
 
 

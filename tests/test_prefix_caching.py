@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_prefix_cache import CachingReference
+from synthetic_profile import write_profile
 from test_laws import Scenario, scenarios, token_times
 
+from semipd.cli import main
 from semipd.core import Phase, Request, Run, Slo
 from semipd.cost import ConstantCost
 from semipd.driver import replay
@@ -214,3 +217,58 @@ def test_blocks_of_two_sizes_are_shared_in_units_of_their_least_common_multiple(
 def test_ids_of_blocks_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="request 0: prefix blocks of 16 tokens; expected 512"):
         prefills([Request(0, 0.0, 20, 1, (1, 2), 16)])
+
+
+def replay_file(tmp_path: Path, folder: Path, rows: list[dict[str, object]], **scheduler: object) -> Path:
+    path, config = tmp_path / "t.jsonl", tmp_path / "replay.yaml"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document = {"trace": {"path": str(path)}, "profile": str(folder), "policy": "static-16", "scheduler": scheduler}
+    config.write_text(json.dumps(document | {"slo": {"ttft_s": 1.0, "tpot_s": 1.0}}))
+    return config
+
+
+ROWS: list[dict[str, object]] = [
+    {"timestamp": 1000 * i, "input_length": 2000, "output_length": 3, "hash_ids": [0, 1, 2, 3 + i]} for i in range(4)
+]
+
+
+def test_a_replay_with_prefix_caching_says_what_was_cached_and_is_faster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_profile(tmp_path / "p")
+    found = []
+    for enabled in (False, True):
+        config = replay_file(tmp_path, folder, ROWS, enable_prefix_caching=enabled, num_blocks=1000)
+        assert main(["replay", str(config), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    plain, cached = found
+    assert plain["prefix_hit_share"] is None
+    assert cached["prefix_hit_share"] == pytest.approx(3 * 1536 / 8000)
+    assert cached["ttft_s"]["mean"] < plain["ttft_s"]["mean"]
+    assert cached["ttft_s"]["max"] == plain["ttft_s"]["max"]  # that of the first prompt, which hits nothing
+    assert main(["replay", str(config)]) == 0
+    assert "58 % of the prompts' tokens were cached" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("executor", ["cpu", "gpu"])
+def test_an_executor_that_shares_no_blocks_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], executor: str
+) -> None:
+    config = replay_file(tmp_path, write_profile(tmp_path / "p"), ROWS, enable_prefix_caching=True)
+    assert main(["replay", str(config), "--executor", executor]) == 2
+    assert capsys.readouterr().err == (
+        f"error: scheduler.enable_prefix_caching: found true; expected false with --executor {executor}, "
+        "whose sequences share no blocks\n"
+    )
+
+
+def test_a_trace_without_prefix_blocks_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = [{name: value for name, value in row.items() if name != "hash_ids"} for row in ROWS]
+    config = replay_file(tmp_path, write_profile(tmp_path / "p"), bare, enable_prefix_caching=True)
+    assert main(["replay", str(config)]) == 2
+    assert capsys.readouterr().err == (
+        "error: scheduler.enable_prefix_caching: found true, but t has no prefix blocks; "
+        "expected a trace with hash_ids\n"
+    )
