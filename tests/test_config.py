@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from semipd.config import (
     PrefillGrid,
     PrefillSweep,
     ReplayConfig,
+    SchedulerOptions,
     build,
     load,
     read_yaml,
@@ -170,3 +173,9 @@ def test_targets_can_be_given_in_the_file_and_on_the_command_line() -> None:
     given = build({"slo": "mlperf-8b"}, ReplayConfig, "c.yaml", ("slo.ttft_s=2", "slo.tpot_s=0.5"))
     assert (given.targets.ttft_s, given.targets.tpot_s) == (2, 0.5)
     assert given == build({"slo": {"ttft_s": 2, "tpot_s": 0.5}}, ReplayConfig, "c.yaml")
+
+
+def test_every_knob_of_the_scheduler_is_documented_with_its_default() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "scheduling.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", text, re.MULTILINE))
+    assert rows == {name: json.dumps(default) for name, default in SchedulerOptions().model_dump().items()}
