@@ -87,18 +87,20 @@ def next_batch(
     ahead: set[int] = set()
     for sequence in waiting:
         keys, done, whole = sequence.keys, sequence.prefilled, sequence.length
-        if first := not done:
+        if keys and not done:
             done = cache.cached_tokens(keys, whole, ahead)
         new = min(whole - done, left)
-        blocks_after = blocks + cache.cost(sequence.request.id, done + new, keys, ahead)
-        all_blocks = blocks + cache.cost(sequence.request.id, whole, keys, ahead) if first else blocks_after
-        if new <= 0 or len(sequences) >= places or max(blocks_after, all_blocks) > free:
+        needed = blocks_after = blocks + cache.cost(sequence.request.id, done + new, keys, ahead)
+        if done + new < whole and not sequence.prefilled:
+            needed = max(needed, blocks + cache.cost(sequence.request.id, whole, keys, ahead))
+        if new <= 0 or len(sequences) >= places or needed > free:
             break
         sequences.append(sequence)
         new_tokens.append(new)
         contexts.append(done)
         emits.append(done + new == sequence.length)
-        ahead.update(keys[: (done + new) // cache.unit_tokens])
+        if keys:
+            ahead.update(keys[: (done + new) // cache.unit_tokens])
         blocks = blocks_after
         pairs += new * (done + new / 2)
         left -= new

@@ -27,15 +27,15 @@ class Blocked:
 
     def __init__(self) -> None:
         self.request_s: dict[Cause, float] = {"KV": 0.0, "queue": 0.0, "decode": 0.0}
-        self._cause: Cause | None = None
+        self.cause: Cause | None = None
         self._waiting = 0
         self._since_s = 0.0
 
     def note(self, now_s: float, cause: Cause | None, waiting: int) -> None:
         """From now on so many prompts wait because of this; None for none."""
-        if self._cause is not None:
-            self.request_s[self._cause] += self._waiting * (now_s - self._since_s)
-        self._cause, self._waiting, self._since_s = cause, waiting, now_s
+        if self.cause is not None:
+            self.request_s[self.cause] += self._waiting * (now_s - self._since_s)
+        self.cause, self._waiting, self._since_s = cause, waiting, now_s
 
 
 @dataclass(frozen=True, slots=True)

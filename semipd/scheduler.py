@@ -187,18 +187,21 @@ class Scheduler:
         decode = self._in_flight.get(Phase.DECODE)
         if decode is None:
             self._make_room()
-            self._release_leaving()
+            if self._leaving:
+                self._release_leaving()
         elif self._joining and decode.id not in self._yielding:
             return self._yield(decode)
         else:
             self._follow(decode, steps_done(decode.id))
-            self._release_leaving()
+            if self._leaving:
+                self._release_leaving()
         batch = self._next_batch()
         if batch is None and not self._decoding:
             return NOTHING
         target, batch = self._decide(now_s, batch)
         waiting = len(self._waiting) + (self._partial is not None) if batch is None else 0
-        self.blocked.note(now_s, self._cause() if waiting else None, waiting)
+        if waiting or self.blocked.cause is not None:
+            self.blocked.note(now_s, self._cause() if waiting else None, waiting)
         if target is not self._current and target != self._current:
             if self._in_flight:
                 self._drains = True
