@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from semipd.core import Allocation, Phase, PrefillShape, Request, Run
+from semipd.kv_cache import BlockManager
 
 
 class Sequence:
     """A request on its way: waiting, being prefilled, then decoding."""
 
-    __slots__ = ("base", "length", "order", "prefilled", "request")
+    __slots__ = ("base", "keys", "length", "order", "prefilled", "request")
 
-    def __init__(self, request: Request, order: int) -> None:
+    def __init__(self, request: Request, order: int, keys: tuple[int, ...] = ()) -> None:
         self.request = request
         self.order = order  # of arrival
+        self.keys = keys  # of the units of its prompt, which prefix caching shares
         self.length = request.prompt_len  # tokens to prefill: the prompt, and after a preemption all tokens so far
         self.prefilled = 0  # of these, cached by batches that have ended
         self.base = 0  # while decoding: cached tokens less the scheduler's count of decode steps
@@ -38,6 +40,12 @@ class PrefillBatch:
         """Whose tokens these are."""
         return tuple([sequence.request for sequence in self.sequences])
 
+    @property
+    def holds(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """What its sequences come to hold: id, tokens and keys of each."""
+        each = zip(self.sequences, self.context_lens, self.new_tokens, strict=True)
+        return [(sequence.request.id, done + new, sequence.keys) for sequence, done, new in each]
+
     def run(self, run_id: int, at: Allocation) -> Run:
         """The layers that are left, as a run of their own."""
         return Run(
@@ -55,16 +63,20 @@ class PrefillBatch:
 
 
 def next_batch(
-    waiting: Iterable[Sequence], *, tokens: int, places: int, free: int, blocks_of: Callable[[int], int], layers: int
+    waiting: Iterable[Sequence], *, tokens: int, places: int, free: int, cache: BlockManager, layers: int
 ) -> PrefillBatch | None:
     """The next tokens of those that wait, in their order: whole prompts, the last one cut to fit; None without any.
+
+    The first piece of a prompt is taken only when all of it fits (vLLM's ``scheduler_reserve_full_isl``).
+    A prompt starts after what is cached of it, or will be by then, since prompts before it in the batch compute it:
+    each layer writes all their keys and values before it reads any.
 
     Args:
         waiting: In order; a prompt that was cut before goes first.
         tokens: Most new tokens of the batch.
         places: Most sequences.
         free: KV blocks that it may take.
-        blocks_of: Blocks of so many tokens.
+        cache: Whose blocks these are.
         layers: Of the model.
     """
     sequences: list[Sequence] = []
@@ -72,16 +84,23 @@ def next_batch(
     contexts: list[int] = []
     emits: list[bool] = []
     blocks, pairs, left = 0, 0.0, tokens
+    ahead: set[int] = set()
     for sequence in waiting:
-        done = sequence.prefilled
-        new = min(sequence.length - done, left)
-        blocks_after = blocks + blocks_of(done + new) - blocks_of(done)
-        if new <= 0 or len(sequences) >= places or blocks_after > free:
+        keys, done, whole = sequence.keys, sequence.prefilled, sequence.length
+        if keys and not done:
+            done = cache.cached_tokens(keys, whole, ahead)
+        new = min(whole - done, left)
+        needed = blocks_after = blocks + cache.cost(sequence.request.id, done + new, keys, ahead)
+        if done + new < whole and not sequence.prefilled:
+            needed = max(needed, blocks + cache.cost(sequence.request.id, whole, keys, ahead))
+        if new <= 0 or len(sequences) >= places or needed > free:
             break
         sequences.append(sequence)
         new_tokens.append(new)
         contexts.append(done)
         emits.append(done + new == sequence.length)
+        if keys:
+            ahead.update(keys[: (done + new) // cache.unit_tokens])
         blocks = blocks_after
         pairs += new * (done + new / 2)
         left -= new

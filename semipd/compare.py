@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from semipd.client import ClosedLoop
 from semipd.config import SchedulerOptions, TraceConfig, Workload
 from semipd.core import InputError, Slo, StepRecord
 from semipd.cost import CostModel, Misjudged, TableCost
+from semipd.diagnosis import time_shares
 from semipd.driver import replay
 from semipd.executor import Executor
 from semipd.metrics import Log, RequestTable, Summary, request_table, summarise
@@ -37,6 +41,8 @@ class Setup:
     """
 
     trace: Trace
+    closed_loop: bool
+    strict: bool
     profile: Profile
     cost: TableCost
     predictor: CostModel
@@ -62,8 +68,11 @@ def prepare(config: Workload) -> Setup:
     profile = load_profile(config.profile)
     cost = profile.cost()
     error, seed = config.predictor_error, config.predictor_seed
+    trace = load_trace(config.trace)
     return Setup(
-        trace=load_trace(config.trace),
+        trace=trace,
+        closed_loop=config.trace.closed_loop,
+        strict=config.strict,
         profile=profile,
         cost=cost,
         predictor=Misjudged(cost, error, seed) if error else cost,
@@ -73,7 +82,7 @@ def prepare(config: Workload) -> Setup:
             else "the tables that the simulation runs on: a perfect predictor"
         ),
         slo=config.targets,
-        scheduler=scheduler_config(config.scheduler, profile),
+        scheduler=scheduler_config(config.scheduler, profile, trace),
     )
 
 
@@ -83,17 +92,38 @@ def load_trace(config: TraceConfig) -> Trace:
     if not path.exists() and path.name == config.path:
         path = shipped(config.path)
     drawn = Arrivals(**config.arrivals.model_dump())
-    options = config.model_dump(exclude={"path", "format", "limit", "arrivals"})
-    return reshape(read_trace(path, config.format, config.limit, config.seed), Reshape(arrivals=drawn, **options))
+    options = config.model_dump(exclude={"path", "format", "limit", "arrivals", "closed_loop"})
+    trace = reshape(read_trace(path, config.format, config.limit, config.seed), Reshape(arrivals=drawn, **options))
+    if not config.closed_loop:
+        return trace
+    if trace.sessions is None:
+        raise InputError(f"trace.closed_loop: found true, but {trace.name} has no sessions; expected a trace with some")
+    return replace(trace, operations=(*trace.operations, "closed loop: a turn waits for the one before"))
 
 
-def scheduler_config(options: SchedulerOptions, profile: Profile) -> SchedulerConfig:
+def scheduler_config(options: SchedulerOptions, profile: Profile, trace: Trace) -> SchedulerConfig:
     """Batching limits, with the KV blocks that fit beside the weights.
 
-    Raises InputError when not a single block does.
+    Raises InputError when not a single block does, and for prefix caching of a trace without prefix blocks.
     """
-    if options.num_blocks is not None:
-        return _limits(options, options.num_blocks)
+    prefixes = trace.prefixes if options.enable_prefix_caching else None
+    if options.enable_prefix_caching and prefixes is None:
+        raise InputError(
+            f"scheduler.enable_prefix_caching: found true, but {trace.name} has no prefix blocks; expected a trace "
+            "with hash_ids"
+        )
+    return SchedulerConfig(
+        num_blocks=options.num_blocks or _blocks_that_fit(options, profile),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
+        watermark=options.watermark,
+        decode_steps=options.decode_steps,
+        prefix_block_size=prefixes.block_tokens if prefixes is not None else 0,
+    )
+
+
+def _blocks_that_fit(options: SchedulerOptions, profile: Profile) -> int:
     free_bytes = options.gpu_memory_utilization * profile.device_memory_bytes - profile.weights_bytes
     blocks = int(free_bytes // (profile.kv_bytes_per_token * options.block_size))
     if blocks < 1:
@@ -102,17 +132,7 @@ def scheduler_config(options: SchedulerOptions, profile: Profile) -> SchedulerCo
             f"{free_bytes / 2**30:.1f} GiB for the KV cache; expected room for a block of "
             f"{options.block_size} tokens"
         )
-    return _limits(options, blocks)
-
-
-def _limits(options: SchedulerOptions, num_blocks: int) -> SchedulerConfig:
-    return SchedulerConfig(
-        num_blocks=num_blocks,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        block_size=options.block_size,
-        decode_steps=options.decode_steps,
-    )
+    return blocks
 
 
 def simulate(
@@ -129,7 +149,12 @@ def simulate(
         device_sms=setup.cost.device_sms,
         layers=setup.cost.layers,
     )
-    return run(setup, policy, scheduler, SimExecutor(setup.cost, setup.profile.overheads), watch=watch, each=each)
+    return run(setup, policy, scheduler, sim_executor(setup), watch=watch, each=each)
+
+
+def sim_executor(setup: Setup) -> SimExecutor:
+    """A simulation on the setup's tables, which refuses look-ups outside of them when it is strict."""
+    return SimExecutor(setup.cost, setup.profile.overheads, setup.cost.outside if setup.strict else None)
 
 
 def run(
@@ -154,9 +179,10 @@ def run(
     Ctrl-C ends the replay: the outcome then holds what was complete.
     """
     log, finished, complete = Log(), 0, True
+    loop = ClosedLoop(setup.trace) if setup.closed_loop else None
     start_s = time.perf_counter()
     try:
-        for count, record in enumerate(replay(setup.trace.requests(), scheduler, executor)):
+        for count, record in enumerate(replay(loop or setup.trace.requests(), scheduler, executor)):
             log.append(record)
             finished += len(record.finished)
             if each is not None:
@@ -165,18 +191,34 @@ def run(
                 watch(record.end_s, finished)
     except KeyboardInterrupt:
         complete = False
+    sent_s = loop.sent_s if loop is not None else None
     summary = summarise(
         log,
         setup.trace,
+        sent_s=sent_s,
         policy=policy,
         slo=setup.slo,
         dropped=[request.id for request, _ in scheduler.dropped],
         preemptions=scheduler.preemptions,
         switches=scheduler.switches,
         kv_peak_share=scheduler.blocks.peak_used / scheduler.blocks.num_blocks,
+        prefix_hit_share=scheduler.prefix_hit_share,
         wall_s=time.perf_counter() - start_s,
     )
-    return Outcome(summary, request_table(log, setup.trace), complete)
+    table = request_table(log, setup.trace, sent_s)
+    return Outcome(_diagnosed(summary, log, table, scheduler, setup.cost), table, complete)
+
+
+def _diagnosed(summary: Summary, log: Log, table: RequestTable, scheduler: Scheduler, cost: CostModel) -> Summary:
+    """The summary with what the replay was bound by."""
+    kept = ~np.isin(table.id, [request.id for request, _ in scheduler.dropped])
+    ends_s = np.where(np.isnan(table.finish_s), log.end_s, table.finish_s)
+    in_system_s = float(np.maximum(ends_s - table.arrival_s, 0.0)[kept].sum())
+    outputs = table.output_tokens
+    context = float((outputs * (table.prompt_tokens + outputs / 2)).sum() / outputs.sum()) if len(outputs) else 0.0
+    shares = time_shares(in_system_s, log.decode_time(), scheduler.blocked.request_s, cost, context)
+    most = max(shares.items(), key=lambda item: item[1])[0] if shares else None
+    return replace(summary, time_shares=shares, bound_by=most)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ TraceFormatName = Literal[
     "azure-csv",
     "mooncake-jsonl",
     "bailian-jsonl",
+    "llmservingsim-jsonl",
     "burstgpt-csv",
     "vidur-csv",
     "splitwise-csv",
@@ -47,7 +48,8 @@ class TraceConfig(Strict):
 
     What changes a trace is applied in this order (``semipd.trace.Reshape``, docs/traces.md): a window of its time,
     dequantised time stamps, thinning, replication with jitter, another arrival process, a time warp. ``seed`` is that
-    of whatever is drawn.
+    of whatever is drawn. ``closed_loop``: later turns of a session are sent after the turn before has ended
+    (``semipd.client.ClosedLoop``), not when they arrived.
     """
 
     path: str = "azure-conv-synth.csv"
@@ -63,15 +65,18 @@ class TraceConfig(Strict):
     arrivals: ArrivalsConfig = ArrivalsConfig()
     rate_scale: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0)] = 0
+    closed_loop: bool = False
 
 
 class SchedulerOptions(Strict):
-    """Batching and KV cache, under vLLM's names. ``num_blocks``: KV blocks, instead of those that fit."""
+    """Batching and KV cache, under vLLM's names (docs/scheduling.md says what each does)."""
 
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 8192
     block_size: Positive = 16
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    watermark: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    enable_prefix_caching: bool = False
     decode_steps: Positive | None = None
     num_blocks: Positive | None = None
 
@@ -106,7 +111,8 @@ class Workload(Strict):
     """What is replayed, on what, and by which targets it is judged: a preset's name, or TTFT and TPOT.
 
     ``predictor_error``: by how much the times that policies predict with are off (``semipd.cost.Misjudged``), drawn
-    with ``predictor_seed``; at 0 they predict with what the simulation runs on.
+    with ``predictor_seed``; at 0 they predict with what the simulation runs on. ``strict``: refuse a simulation that
+    looks a step time up outside the measured grid, instead of clamping it to the edge and counting it.
     """
 
     trace: TraceConfig = TraceConfig()
@@ -115,6 +121,7 @@ class Workload(Strict):
     scheduler: SchedulerOptions = SchedulerOptions()
     predictor_error: Annotated[float, Field(ge=0, le=2)] = 0.0
     predictor_seed: Annotated[int, Field(ge=0)] = 0
+    strict: bool = False
 
     @field_validator("slo")
     @classmethod

@@ -7,7 +7,7 @@ fixed step times.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
@@ -371,6 +371,40 @@ class TableCost:
             layer_s, outside = self._fused.at(*place, decode.batch, decode.kv_tokens)
         return layer_s * self.layers, outside
 
+    def outside(
+        self, own: PrefillShape | DecodeShape, at: Allocation, beside: PrefillShape | DecodeShape | None
+    ) -> str | None:
+        """Which number of a look-up is outside the measured grid, and what was measured; None when none is.
+
+        ``own``: the batch that is priced, beside the other phase's; of a fused step its prompts, beside what decodes.
+        """
+        for table, measured, sought in self._consulted(own, at, beside):
+            for name, axis in measured.items():
+                if not axis.low <= sought[name] <= axis.high:
+                    least = f"{axis.low:,.10g} to" if axis.low > 0 else "at most"
+                    return (
+                        f"{name}: found {sought[name]:,.10g} at {at.name}; expected {least} {axis.high:,.10g}, "
+                        f"as measured in {table}"
+                    )
+        return None
+
+    def _consulted(
+        self, own: PrefillShape | DecodeShape, at: Allocation, beside: PrefillShape | DecodeShape | None
+    ) -> Iterator[tuple[str, dict[str, Axis], dict[str, float]]]:
+        """Tables that price this, the axes of each, and what is looked up."""
+        sought = _numbers(own) | (_numbers(beside) if beside is not None else {})
+        if isinstance(own, PrefillShape):
+            yield "prefill.csv", dict(zip(_SHARED[:2], self._prefill[at.prefill_sms].axes, strict=True)), sought
+        if isinstance(own, DecodeShape) or (at.mode is Mode.MIXED and beside is not None):
+            alone = self._decode[at.decode_sms]
+            yield "decode.csv", {"batch": alone.at_batch.axes[0], "kv_tokens": alone.kv}, sought
+        if beside is None:
+            return
+        if at.mode is Mode.MIXED and self._fused is not None:
+            yield "mixed.csv", dict(zip(_SHARED, self._fused.axes, strict=True)), sought
+        else:
+            yield "hybrid.csv", dict(zip(_SHARED, self._sharing(at).prefill.axes, strict=True)), sought
+
     def _decode_curve(self, batch: int, at: Allocation, beside: PrefillShape | None) -> Curve:
         solo = _partition(self._decode, at.decode_sms, "decode")
         if beside is None:
@@ -393,6 +427,13 @@ class TableCost:
                 f"both phases at {at.name} were not measured; measured: {', '.join(a.name for a in self._contention)}"
             )
         return found
+
+
+def _numbers(shape: PrefillShape | DecodeShape) -> dict[str, float]:
+    """By the names of the axes."""
+    if isinstance(shape, PrefillShape):
+        return {"tokens": shape.tokens, "mean_context": shape.mean_context}
+    return {"batch": shape.batch, "kv_tokens": shape.kv_tokens}
 
 
 def _partition(measured: Mapping[int, P], sms: int, phase: str) -> P:

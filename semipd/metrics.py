@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from semipd.core import Allocation, FloatArray, IntArray, Phase, Request, Slo, StepRecord
+from semipd.diagnosis import Bound, DecodeTime
 from semipd.trace import Trace
 
 Saturation = Literal["stable", "backlogged", "overloaded"]
@@ -51,6 +52,7 @@ class Log:
         self.extrapolated = 0
         self._names: dict[str, int] = {}  # of allocations, with their numbers
         self._allocations: dict[Allocation, int] = {}  # number of the name
+        self._decode_s: dict[int, tuple[Allocation, float, float]] = {}  # by that number: busy, request-seconds
         self._run_allocation, self._run_start_s, self._run_end_s = array("l"), array("d"), array("d")
         self._chunk_steps, self._exact_steps = chunk_steps, exact_steps
         self._chunks: list[tuple[int, FloatArray]] = []  # how many decode runs, and the gaps of their steps
@@ -81,6 +83,9 @@ class Log:
         if steps == 0:
             return
         if run.phase is Phase.DECODE:
+            at, busy_s, request_s = self._decode_s.get(number, (run.allocation, 0.0, 0.0))
+            took_s = end_s - record.start_s
+            self._decode_s[number] = at, busy_s + took_s, request_s + took_s * len(run.requests)
             self._append_decode(run.requests, record)
         elif steps == run.max_steps:
             if run.decodes:
@@ -157,6 +162,15 @@ class Log:
     def finishes(self) -> tuple[IntArray, FloatArray]:
         """Ids of the requests that are complete, and when their last token came."""
         return _ints(self._finish_id), _floats(self._finish_s)
+
+    def decode_time(self) -> dict[Allocation, DecodeTime]:
+        """How long decode ran by itself, at each allocation."""
+        return {at: DecodeTime(busy_s, request_s) for at, busy_s, request_s in self._decode_s.values()}
+
+    @property
+    def end_s(self) -> float:
+        """When the last run ended; 0 without runs."""
+        return max(self._run_end_s, default=0.0)
 
     def gaps(self) -> Iterator[Counted]:
         """Gaps between successive tokens of a request, in seconds, and how many of each there are; in parts."""
@@ -317,6 +331,9 @@ class Summary:
     extrapolated_share: float | None
     saturation: Saturation
     wall_s: float | None
+    prefix_hit_share: float | None = None
+    bound_by: Bound | None = None
+    time_shares: Mapping[Bound, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object: names, numbers and null, never NaN."""
@@ -333,14 +350,17 @@ class Summary:
         return document
 
 
-def request_table(log: Log, requests: Trace | Sequence[Request]) -> RequestTable:
+def request_table(log: Log, requests: Trace | Sequence[Request], sent_s: FloatArray | None = None) -> RequestTable:
     """When each request arrived, got its first token and finished, and what follows from that.
+
+    ``sent_s``: when each request of a trace was sent, if not when it arrives there; NaN for one that was not.
 
     Raises ValueError when the log has a request that is not among these, or when two have the same id.
     """
     if isinstance(requests, Trace):
-        ids = np.arange(len(requests))
-        arrival_s, prompt_tokens, output_tokens = requests.arrival_s, requests.prompt_len, requests.output_len
+        at_s = requests.arrival_s if sent_s is None else sent_s
+        ids = np.argsort(at_s, kind="stable")[: np.count_nonzero(~np.isnan(at_s))]
+        arrival_s, prompt_tokens, output_tokens = at_s[ids], requests.prompt_len[ids], requests.output_len[ids]
     else:
         ids = np.array([r.id for r in requests], dtype=np.int64)
         arrival_s = np.array([r.arrival_s for r in requests], dtype=np.float64)
@@ -366,31 +386,35 @@ def summarise(
     log: Log,
     requests: Trace | Sequence[Request],
     *,
+    sent_s: FloatArray | None = None,
     policy: str,
     slo: Slo,
     dropped: Collection[int] = (),
     preemptions: int = 0,
     switches: int = 0,
     kv_peak_share: float | None = None,
+    prefix_hit_share: float | None = None,
     wall_s: float | None = None,
 ) -> Summary:
     """Summary of a replay.
 
     Args:
         log: What its runs did.
-        requests: All requests sent, in order of arrival.
+        requests: All requests, in order of arrival.
+        sent_s: When each of them was sent, as for ``request_table``.
         policy: Its name.
         slo: Targets that make a request good.
         dropped: Ids of the requests that the scheduler gave up.
         preemptions: As the scheduler counted.
         switches: As the scheduler counted.
         kv_peak_share: Largest share of the KV blocks in use.
+        prefix_hit_share: Share of the prompts' tokens that was cached; None without prefix caching.
         wall_s: Seconds that the replay took to compute.
 
     Raises:
         ValueError: The log has a request that is not among ``requests``, or two of these have the same id.
     """
-    table = request_table(log, requests)
+    table = request_table(log, requests, sent_s)
     sent = len(table.id)
     start_s = float(table.arrival_s[0]) if sent else 0.0
     complete = ~np.isnan(table.finish_s)
@@ -425,6 +449,7 @@ def summarise(
         extrapolated_share=log.extrapolated / log.lookups if log.lookups else None,
         saturation=saturation(table.arrival_s[counted], np.sort(served)),
         wall_s=wall_s,
+        prefix_hit_share=prefix_hit_share,
     )
 
 

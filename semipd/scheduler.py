@@ -13,6 +13,7 @@ from itertools import chain
 
 from semipd.batch import PrefillBatch, Sequence, next_batch
 from semipd.core import Allocation, DecodeShape, Load, Mode, Phase, Request, Run, StepRecord
+from semipd.diagnosis import Blocked, Cause
 from semipd.kv_cache import BlockManager
 from semipd.policies import Policy
 
@@ -24,7 +25,8 @@ class SchedulerConfig:
     ``num_blocks``: KV blocks of ``block_size`` tokens. ``max_num_seqs``: sequences being prefilled or decoded.
     ``max_num_batched_tokens``: tokens of a prefill or fused batch. ``watermark``: share of the blocks that an admission
     leaves free while sequences decode, so that they are not preempted at once. ``decode_steps``: most steps of a decode
-    run; None for as many as its KV blocks allow.
+    run; None for as many as its KV blocks allow. ``prefix_block_size``: tokens of the prefix blocks that requests name,
+    with prefix caching; 0 without it.
     """
 
     num_blocks: int
@@ -33,6 +35,7 @@ class SchedulerConfig:
     block_size: int = 16
     watermark: float = 0.01
     decode_steps: int | None = None
+    prefix_block_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_num_seqs", "max_num_batched_tokens", "block_size", "decode_steps"):
@@ -41,6 +44,8 @@ class SchedulerConfig:
                 raise ValueError(f"{name}: found {value}; expected at least 1")
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark: found {self.watermark}; expected a share from 0 to below 1")
+        if self.prefix_block_size < 0:
+            raise ValueError(f"prefix_block_size: found {self.prefix_block_size}; expected at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +93,20 @@ class Scheduler:
         preemptions: Times that a sequence lost its blocks.
         switches: Times that the allocation in force changed.
         blocks: The KV cache.
+        blocked: How long prompts waited while none was prefilled, and why.
+        prompt_tokens: Tokens of the prompts admitted so far.
+        prefix_hit_tokens: Of these, those that were cached when their prompt was admitted first.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy, *, device_sms: int, layers: int) -> None:
         self.config = config
         self.policy = policy
-        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_block_size)
         self.dropped: list[tuple[Request, str]] = []
         self.preemptions = 0
         self.switches = 0
+        self.prompt_tokens = self.prefix_hit_tokens = 0
+        self.blocked = Blocked()
         self._device_sms = device_sms
         self._layers = layers
         self._watermark_blocks = int(config.watermark * config.num_blocks)
@@ -109,6 +119,7 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._base_sum = 0  # of _decoding
         self._joining: list[Sequence] = []  # decode from the next boundary on
+        self._leaving: list[int] = []  # finished by prefill beside a decode run, whose blocks are to be counted first
 
         self._in_flight: dict[Phase, Run] = {}
         self._yielding: set[int] = set()
@@ -136,6 +147,13 @@ class Scheduler:
         """Whether runs in flight are being ended for a new allocation."""
         return bool(self._in_flight) and self._target != self._current
 
+    @property
+    def prefix_hit_share(self) -> float | None:
+        """Share of the prompts' tokens that was cached when they were admitted first; None without prefix caching."""
+        if not self.config.prefix_block_size or not self.prompt_tokens:
+            return None
+        return self.prefix_hit_tokens / self.prompt_tokens
+
     def has_unfinished(self) -> bool:
         """Whether a request was added that is neither finished nor dropped."""
         return bool(self._live)
@@ -148,7 +166,7 @@ class Scheduler:
         self._drains = False
         if request.id in self._live:
             raise ValueError(f"request {request.id} is unfinished; expected each id once")
-        sequence = Sequence(request, self._next_order)
+        sequence = Sequence(request, self._next_order, self.blocks.keys_of(request))
         self._next_order += 1
         self._live[request.id] = sequence
         if self.blocks.blocks(request.prompt_len + 1) > self.blocks.num_blocks:
@@ -169,14 +187,21 @@ class Scheduler:
         decode = self._in_flight.get(Phase.DECODE)
         if decode is None:
             self._make_room()
+            if self._leaving:
+                self._release_leaving()
         elif self._joining and decode.id not in self._yielding:
             return self._yield(decode)
         else:
             self._follow(decode, steps_done(decode.id))
+            if self._leaving:
+                self._release_leaving()
         batch = self._next_batch()
         if batch is None and not self._decoding:
             return NOTHING
         target, batch = self._decide(now_s, batch)
+        waiting = len(self._waiting) + (self._partial is not None) if batch is None else 0
+        if waiting or self.blocked.cause is not None:
+            self.blocked.note(now_s, self._cause() if waiting else None, waiting)
         if target is not self._current and target != self._current:
             if self._in_flight:
                 self._drains = True
@@ -202,9 +227,13 @@ class Scheduler:
             self._batch.layers -= record.steps if phase is Phase.PREFILL else self._layers
             if not self._batch.layers:
                 self._complete_batch(self._batch, record)
+        beside_decode = phase is Phase.PREFILL and Phase.DECODE in self._in_flight
         for request_id in record.finished:
             del self._live[request_id]
-            self.blocks.release(request_id)
+            if beside_decode:
+                self._leaving.append(request_id)
+            else:
+                self.blocks.release(request_id)
 
     def _complete_decode(self, record: StepRecord) -> None:
         steps = record.steps
@@ -217,6 +246,11 @@ class Scheduler:
             self._decode_changed = self._decode_changed or len(left) < len(self._decoding)
             self._decoding = left
             self._base_sum = sum([sequence.base for sequence in left])
+
+    def _release_leaving(self) -> None:
+        for request_id in self._leaving:
+            self.blocks.release(request_id)
+        self._leaving.clear()
 
     def _complete_batch(self, batch: PrefillBatch, record: StepRecord) -> None:
         self._batch = None
@@ -242,7 +276,7 @@ class Scheduler:
             self._joining = []
         if self._ahead or not self._decoding:
             return
-        while self.blocks.need() > self.blocks.free:
+        while self.blocks.need() > self.blocks.available:
             self._preempt(max(self._decoding, key=lambda sequence: sequence.order))
         if self._decoding:
             self.blocks.advance()
@@ -285,8 +319,8 @@ class Scheduler:
             chain((self._partial,), self._waiting) if self._partial else self._waiting,
             tokens=self._prompt_tokens(),
             places=self.config.max_num_seqs - decoding,
-            free=self.blocks.free - (self._watermark_blocks if decoding else 0),
-            blocks_of=self.blocks.blocks,
+            free=self.blocks.available - (self._watermark_blocks if decoding else 0),
+            cache=self.blocks,
             layers=self._layers,
         )
 
@@ -298,6 +332,12 @@ class Scheduler:
             return min(at.chunk_tokens, most) - decoding
         waits = decoding and at is not None and at.mode is Mode.EXCLUSIVE and at.first is Phase.DECODE
         return 0 if waits else most
+
+    def _cause(self) -> Cause:
+        """Why no prompt starts, of those that wait."""
+        if len(self._decoding) + len(self._joining) >= self.config.max_num_seqs:
+            return "queue"
+        return "KV" if self._prompt_tokens() > 0 else "decode"
 
     def _decide(self, now_s: float, batch: PrefillBatch | None) -> tuple[Allocation, PrefillBatch | None]:
         """The policy's answer, asked for when a batch is about to start or who is busy or decoding has changed.
@@ -317,7 +357,7 @@ class Scheduler:
                 oldest_wait_s=now_s - head.request.arrival_s if head else 0.0,
                 prefill=batch.shape if batch else None,
                 decode=self._decode_shape(),
-                kv_free_share=self.blocks.free / self.blocks.num_blocks,
+                kv_free_share=self.blocks.available / self.blocks.num_blocks,
                 split=self._split,
             )
             target, tokens = self.policy.decide(load), self._prompt_tokens()
@@ -378,16 +418,20 @@ class Scheduler:
 
     def _fits(self, decode: Run, batch: PrefillBatch) -> bool:
         """Whether the decode run in flight can still reach its last step once the batch has its blocks."""
-        return self.blocks.need(decode.max_steps - self._ahead) <= self.blocks.free - batch.blocks
+        return self.blocks.need(decode.max_steps - self._ahead) <= self.blocks.available - batch.blocks
 
     def _admit(self, batch: PrefillBatch) -> None:
-        for sequence, new_tokens in zip(batch.sequences, batch.new_tokens, strict=True):
-            self.blocks.hold(sequence.request.id, sequence.prefilled + new_tokens)
-            self._waiting_tokens -= new_tokens
+        for sequence, done, new_tokens in zip(batch.sequences, batch.context_lens, batch.new_tokens, strict=True):
+            self._waiting_tokens -= done - sequence.prefilled + new_tokens
             if sequence is self._partial:
                 self._partial = None
-            else:
-                self._waiting.popleft()
+                continue
+            self._waiting.popleft()
+            sequence.prefilled = done
+            if sequence.length == sequence.request.prompt_len:
+                self.prompt_tokens += sequence.length
+                self.prefix_hit_tokens += done
+        self.blocks.hold_all(batch.holds)
         self._batch = batch
         self._start_asked = False
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import simpy
@@ -17,6 +18,7 @@ from semipd.core import (
     Allocation,
     DecodeShape,
     FloatArray,
+    InputError,
     Overheads,
     Phase,
     PrefillShape,
@@ -27,7 +29,13 @@ from semipd.cost import CostModel
 from semipd.executor import check_launch, finished_by_prefill, output_left
 
 Own = TypeVar("Own")
-Other = TypeVar("Other")
+Other = TypeVar("Other", PrefillShape, DecodeShape)
+
+Place: TypeAlias = tuple[PrefillShape | DecodeShape, Allocation, PrefillShape | DecodeShape | None]
+"""Where a step's price is looked up: its own batch, the allocation, the batch beside it."""
+
+Outside: TypeAlias = Callable[[PrefillShape | DecodeShape, Allocation, PrefillShape | DecodeShape | None], str | None]
+"""What is outside the measured grid at a place, None when nothing is."""
 
 NONE: FloatArray = np.empty(0)
 
@@ -69,10 +77,13 @@ class SimExecutor:
     Args:
         cost: What steps cost.
         overheads: What starting runs and changing the allocation costs besides; nothing by default.
+        outside: Says what is outside the measured grid (``TableCost.outside``), to refuse what takes such a look-up: an
+            InputError of ``wait``. None to count them only.
     """
 
-    def __init__(self, cost: CostModel, overheads: Overheads = NO_OVERHEADS) -> None:
+    def __init__(self, cost: CostModel, overheads: Overheads = NO_OVERHEADS, outside: Outside | None = None) -> None:
         self._cost = cost
+        self._outside = outside
         self._overheads = overheads
         self._switched_s = 0.0  # until when the last change of allocation lasts
         self._allocation: Allocation | None = None  # of the last launch
@@ -163,20 +174,28 @@ class SimExecutor:
         if prefill is not None:
             if prefill.end_s <= self._now_s:
                 self._prefill = None
-                self._last_prefill = prefill.record(self._cost)
+                self._last_prefill = self._record(prefill)
                 ended.append(self._last_prefill)
             else:
                 self._priced_to_s = prefill.priced_to_s
         if decode is not None:
             if decode.end_s <= self._now_s:
                 self._decode = None
-                self._last_decode = decode.record(self._cost)
+                self._last_decode = self._record(decode)
                 ended.append(self._last_decode)
             elif decode.priced_to_s < self._priced_to_s:
                 self._priced_to_s = decode.priced_to_s
         if ended:
             self._changed = True
         return ended
+
+    def _record(self, flight: PrefillFlight | DecodeFlight) -> StepRecord:
+        """What a run did. Raises InputError when that was outside the measured grid and is to be refused."""
+        record = flight.record(self._cost)
+        if record.extrapolated and self._outside is not None:
+            found = filter(None, (self._outside(*place) for place in flight.clamped()))
+            raise InputError(f"strict: {record.run.phase.value} run {record.run.id}: {next(found)}")
+        return record
 
     def _settle(self) -> None:
         """Price what is in flight, now that all that happens at this moment is known."""
@@ -226,6 +245,7 @@ class Flight(ABC, Generic[Other]):
         self._beside: Other | None = None
         self._lookups = 0
         self._extrapolated = 0
+        self._clamped: tuple[int, int, Other | None] | None = None  # the first such steps, from and to, beside what
 
     @abstractmethod
     def continues(self, last: StepRecord) -> bool:
@@ -238,6 +258,17 @@ class Flight(ABC, Generic[Other]):
     @abstractmethod
     def finished(self, steps: int) -> tuple[int, ...]:
         """Ids of the requests that have their last token after so many steps."""
+
+    @abstractmethod
+    def place(self, step: int, beside: Other | None) -> Place:
+        """Where a step, counted from 0, is looked up."""
+
+    def clamped(self) -> list[Place]:
+        """Of the first stretch with look-ups outside the grid the first and the last, one of which at least is so."""
+        if self._clamped is None:
+            return []
+        first, last, beside = self._clamped
+        return [self.place(first, beside), self.place(last, beside)]
 
     def steps_done(self, now_s: float) -> int:
         """Boundaries reached by now, one at this moment included."""
@@ -304,7 +335,10 @@ class Flight(ABC, Generic[Other]):
         self._lookups += steps
         if self._outside and steps:
             whole = steps == len(self._seconds)
-            self._extrapolated += self._outside if whole else self.price(cost, self._done, steps, self._beside)[1]
+            outside = self._outside if whole else self.price(cost, self._done, steps, self._beside)[1]
+            self._extrapolated += outside
+            if outside and self._clamped is None:
+                self._clamped = self._done, self._done + steps - 1, self._beside
 
 
 class PrefillFlight(Flight[DecodeShape]):
@@ -332,6 +366,11 @@ class PrefillFlight(Flight[DecodeShape]):
         seconds, outside = cost.prefill_s(self.shape, self.run.allocation, beside)
         return np.full(steps, seconds), steps * outside
 
+    def place(self, step: int, beside: DecodeShape | None) -> Place:
+        """The same for every layer."""
+        del step
+        return self.shape, self.run.allocation, beside
+
     def finished(self, steps: int) -> tuple[int, ...]:
         """Requests whose prompt is complete and whose output is with one token more."""
         return () if steps < self.run.max_steps else finished_by_prefill(self.run)
@@ -346,6 +385,11 @@ class MixedFlight(PrefillFlight):
         decode = self.run.decode_shape if self.run.decodes else None
         seconds, outside = cost.mixed_s(self.shape, decode)
         return np.full(steps, seconds), steps * outside
+
+    def place(self, step: int, beside: DecodeShape | None) -> Place:
+        """The prompts, beside those that decode."""
+        del step, beside
+        return self.shape, self.run.allocation, self.run.decode_shape if self.run.decodes else None
 
 
 class DecodeFlight(Flight[PrefillShape]):
@@ -377,6 +421,10 @@ class DecodeFlight(Flight[PrefillShape]):
         start = self._cached + self._batch * (first + 1)
         kv_tokens = np.arange(start, start + self._batch * steps, self._batch)
         return cost.decode_s(self._batch, kv_tokens, self.run.allocation, beside)
+
+    def place(self, step: int, beside: PrefillShape | None) -> Place:
+        """With the KV tokens that the step reads."""
+        return self.shape(step), self.run.allocation, beside
 
     def finished(self, steps: int) -> tuple[int, ...]:
         """Requests whose last token comes with that step."""

@@ -8,7 +8,7 @@ functions of their input.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
@@ -150,6 +150,8 @@ class Reference:
         self.batch: Batch | None = None
         self.decoding: list[Job] = []
         self.joining: list[Job] = []
+        self.leaving: list[Job] = []  # finished by prefill beside a decode step, which takes its blocks first
+        self.beside_step = False  # whether what ends now did so beside one
         self.layer: Stage | None = None
         self.step: Stage | None = None
         self.fused: Stage | None = None  # of the batch and of now_decoding
@@ -195,6 +197,7 @@ class Reference:
         for stage in stages:
             stage.pass_by(then - self.now)
         self.now = then
+        self.beside_step = self.step is not None
         step_over = self.step is not None and self.step.left == 0
         layer_over = self.layer is not None and self.layer.left == 0
         fused_over = self.fused is not None and self.fused.left == 0
@@ -222,7 +225,7 @@ class Reference:
         self.step = None
         for job in self.now_decoding:
             job.cached += 1
-            self.emit(job)
+            self.emit(job, self.leave)
         self.decoding = [job for job in self.decoding if not self.finished(job)]
 
     def end_layer(self) -> None:
@@ -243,14 +246,17 @@ class Reference:
             if job.cached < job.to_prefill:
                 self.cut = job
                 continue
-            self.emit(job)
+            self.emit(job, self.leaving.append if self.beside_step else self.leave)
             if not self.finished(job):
                 self.joining.append(job)
 
-    def emit(self, job: Job) -> None:
+    def emit(self, job: Job, leave: Callable[[Job], None]) -> None:
         job.token_times.append(self.now)
         if self.finished(job):
-            job.room = 0
+            leave(job)
+
+    def leave(self, job: Job) -> None:
+        job.room = 0
 
     def finished(self, job: Job) -> bool:
         return len(job.token_times) == job.request.output_len
@@ -275,6 +281,9 @@ class Reference:
             self.decoding += self.joining
             self.joining = []
             self.make_room()
+        for job in self.leaving:
+            self.leave(job)
+        self.leaving = []
         batch = self.batch or self.candidate()
         if not batch and not self.decoding:
             return
@@ -323,7 +332,7 @@ class Reference:
                 job.room = room
             last = max(self.decoding, key=self.jobs.index)
             self.decoding.remove(last)
-            last.room = 0
+            self.leave(last)
             if self.blocks(last.cached + 1) > self.config.num_blocks:
                 self.dropped.append(last.request.id)
                 continue
@@ -340,9 +349,11 @@ class Reference:
         new: list[int] = []
         for job in ([self.cut] if self.cut else []) + self.waiting:
             tokens = min(job.to_prefill - job.cached, self.tokens_wanted() - sum(new))
-            left -= self.blocks(job.cached + tokens) - self.blocks(job.room)
-            if tokens <= 0 or left < 0 or running + len(jobs) == self.config.max_num_seqs:
+            piece = self.blocks(job.cached + tokens) - self.blocks(job.room)
+            needed = piece if job.cached else self.blocks(job.to_prefill)
+            if tokens <= 0 or left < needed or running + len(jobs) == self.config.max_num_seqs:
                 break
+            left -= piece
             jobs.append(job)
             new.append(tokens)
         if not jobs:

@@ -93,15 +93,15 @@ def test_an_interrupted_replay_keeps_what_was_complete(setup: Setup) -> None:
     json.dumps(outcome.summary.to_json(), allow_nan=False)
 
 
-def test_the_kv_cache_gets_what_the_weights_leave(profile: Path) -> None:
-    found = load_profile(profile)
+def test_the_kv_cache_gets_what_the_weights_leave(profile: Path, setup: Setup) -> None:
+    found, trace = load_profile(profile), setup.trace
     options = SchedulerOptions(gpu_memory_utilization=0.5, block_size=16)
-    blocks = scheduler_config(options, found).num_blocks
+    blocks = scheduler_config(options, found, trace).num_blocks
     assert blocks == (found.device_memory_bytes // 2) // (16 * found.kv_bytes_per_token)
     heavy = replace(found, weights_bytes=found.device_memory_bytes // 4)
-    assert scheduler_config(options, heavy).num_blocks == blocks // 2
+    assert scheduler_config(options, heavy, trace).num_blocks == blocks // 2
     with pytest.raises(InputError, match=r"^scheduler.gpu_memory_utilization: found 0.5, which leaves 0.0 GiB"):
-        scheduler_config(options, replace(found, weights_bytes=found.device_memory_bytes // 2))
+        scheduler_config(options, replace(found, weights_bytes=found.device_memory_bytes // 2), trace)
 
 
 def test_unknown_names_are_refused_before_anything_runs(profile: Path, setup: Setup) -> None:
@@ -237,6 +237,7 @@ def test_the_document_has_the_fixed_names(setup: Setup) -> None:
         "policy", "requests", "completed", "dropped", "duration_s", "ttft_s", "tpot_s", "itl_s", "e2e_s",
         "request_throughput_rps", "output_throughput_tps", "slo", "slo_attainment", "goodput_rps", "preemptions",
         "switches", "time_in_split", "kv_peak_share", "extrapolated_share", "saturation", "wall_s",
+            "prefix_hit_share", "bound_by", "time_shares",
     }  # fmt: skip
 
 

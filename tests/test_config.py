@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from semipd.config import (
     PrefillGrid,
     PrefillSweep,
     ReplayConfig,
+    SchedulerOptions,
     build,
     load,
     read_yaml,
@@ -67,7 +70,7 @@ def test_a_configuration_survives_being_saved_and_read_again(seqs: int, scale: f
         ({"trace": {"rate_scale": float("inf")}}, "c.yaml: trace.rate_scale: found inf; expected a finite number"),
         (
             {"trace": {"paht": "x"}},
-            "c.yaml: trace.paht: unknown; expected one of arrivals, dequantise_s, end_s, every_s, format, jitter_s,",
+            "c.yaml: trace.paht: unknown; expected one of arrivals, closed_loop, dequantise_s, end_s, every_s, format,",
         ),
         ({"trace": {"format": "csv"}}, "c.yaml: trace.format: found 'csv'; expected 'azure-csv', 'mooncake-jsonl',"),
     ],
@@ -79,7 +82,7 @@ def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[st
 def test_an_unknown_field_on_top_is_answered_with_the_known_ones() -> None:
     assert refusal({"sead": 1}) == (
         "c.yaml: sead: unknown; expected one of model, policy, predictor_error, predictor_seed, profile, scheduler, "
-        "slo, trace, weights"
+        "slo, strict, trace, weights"
     )
 
 
@@ -170,3 +173,9 @@ def test_targets_can_be_given_in_the_file_and_on_the_command_line() -> None:
     given = build({"slo": "mlperf-8b"}, ReplayConfig, "c.yaml", ("slo.ttft_s=2", "slo.tpot_s=0.5"))
     assert (given.targets.ttft_s, given.targets.tpot_s) == (2, 0.5)
     assert given == build({"slo": {"ttft_s": 2, "tpot_s": 0.5}}, ReplayConfig, "c.yaml")
+
+
+def test_every_knob_of_the_scheduler_is_documented_with_its_default() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "scheduling.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", text, re.MULTILINE))
+    assert rows == {name: json.dumps(default) for name, default in SchedulerOptions().model_dump().items()}

@@ -1,4 +1,7 @@
-"""KV blocks: law 3, and the lockstep counts against a recount of every sequence at every step."""
+"""KV blocks: law 3, and the lockstep counts against a recount of every sequence at every step.
+
+Prefix caching against a second model that numbers every block and keeps what is in it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from math import ceil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from naive_prefix_cache import NaivePrefixCache
 
+from semipd.core import Request
 from semipd.kv_cache import BlockManager
 
 
@@ -87,7 +92,99 @@ class Blocks(RuleBasedStateMachine):
             assert self.manager.tokens(sequence) == tokens
 
 
+class SharedBlocks(RuleBasedStateMachine):
+    """Prompts with common prefixes come and go in any order; the naive model numbers every block."""
+
+    @initialize(sizes=st.sampled_from([(2, 2), (2, 6), (6, 2), (4, 6), (1, 3), (3, 1)]), num_blocks=st.integers(1, 40))
+    def start(self, sizes: tuple[int, int], num_blocks: int) -> None:
+        block_size, prefix_block_size = sizes
+        self.manager = BlockManager(num_blocks, block_size, prefix_block_size)
+        self.naive = NaivePrefixCache(num_blocks, block_size, prefix_block_size)
+        self.prompts: dict[int, Request] = {}
+        self.tokens: dict[int, int] = {}  # prefilled
+        self.batch: dict[int, int] = {}  # decoding
+        self.next = 0
+
+    def ids(self, request: Request) -> tuple[int, ...]:
+        """Of the prefix blocks that are whole."""
+        return request.prefix_block_ids[: request.prompt_len // request.prefix_block_size]
+
+    @rule(path=st.lists(st.integers(0, 1), max_size=5), rest=st.integers(1, 7), share=st.sampled_from([0.0, 0.5, 1.0]))
+    def arrive(self, path: list[int], rest: int, share: float) -> None:
+        """A prompt of some blocks of a binary tree and a few tokens more; a part of what was not hit is prefilled."""
+        size = self.manager.prefix_block_size
+        length = len(path) * size + rest
+        prompt = Request(self.next, 0.0, length, 1, (*path, *range(100, 100 - (-rest // size))), size)
+        keys = self.manager.keys_of(prompt)
+        hit = self.manager.cached_tokens(keys, length)
+        assert hit == self.naive.hit_tokens(self.ids(prompt), length)
+        assert hit < length
+        self.prompts[self.next], self.tokens[self.next] = prompt, 0
+        self.grow(self.next, max(1, hit + round(share * (length - hit))))
+        self.next += 1
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), more=st.integers(1, 8))
+    def go_on(self, data: st.DataObject, more: int) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.tokens)))
+        self.grow(sequence, min(self.tokens[sequence] + more, self.prompts[sequence].prompt_len))
+
+    def grow(self, sequence: int, tokens: int) -> None:
+        prompt = self.prompts[sequence]
+        keys = self.manager.keys_of(prompt)
+        before, cost = self.manager.available, self.manager.cost(sequence, tokens, keys)
+        if self.naive.grow(sequence, tokens, self.ids(prompt)):
+            self.manager.hold(sequence, tokens, keys)
+            self.tokens[sequence] = tokens
+            assert self.manager.available == before - cost
+        else:
+            with pytest.raises(ValueError, match="blocks wanted"):
+                self.manager.hold(sequence, tokens, keys)
+            if not self.tokens[sequence]:  # holds nothing
+                del self.tokens[sequence], self.prompts[sequence]
+                self.naive.tables.pop(sequence, None)
+
+    @rule()
+    def join(self) -> None:
+        """All whose prompts are complete."""
+        for sequence in [s for s, tokens in self.tokens.items() if tokens == self.prompts[s].prompt_len]:
+            self.manager.join(sequence)
+            self.batch[sequence] = self.tokens.pop(sequence)
+
+    @precondition(lambda self: self.batch)
+    @rule(steps=st.integers(1, 6))
+    def decode(self, steps: int) -> None:
+        for _ in range(min(steps, self.manager.steps_that_fit())):
+            for sequence in self.batch:
+                self.batch[sequence] += 1
+                prompt = self.prompts[sequence]
+                assert self.naive.grow(sequence, self.batch[sequence], self.ids(prompt)), "steps_that_fit was wrong"
+            self.manager.advance()
+
+    @precondition(lambda self: self.tokens or self.batch)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted({**self.tokens, **self.batch})))
+        self.manager.release(sequence)
+        self.naive.leave(sequence)
+        self.tokens.pop(sequence, None)
+        self.batch.pop(sequence, None)
+        del self.prompts[sequence]
+
+    @invariant()
+    def law_3_free_used_and_cached_blocks_are_all_blocks(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        self.manager.check_integrity()
+        assert self.manager.free + self.manager.used + self.manager.cached == self.manager.num_blocks
+        assert self.manager.used == len(self.naive.held())
+        assert self.manager.cached == len(self.naive.cached())
+        assert self.manager.free == len(self.naive.free())
+
+
 TestBlocks = Blocks.TestCase
+TestSharedBlocks = SharedBlocks.TestCase
+TestSharedBlocks.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestBlocks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 batches = st.lists(st.integers(1, 40), min_size=1, max_size=8)

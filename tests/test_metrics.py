@@ -30,6 +30,9 @@ KEYS = [
     *("policy", "requests", "completed", "dropped", "duration_s", "ttft_s", "tpot_s", "itl_s", "e2e_s"),
     *("request_throughput_rps", "output_throughput_tps", "slo", "slo_attainment", "goodput_rps", "preemptions"),
     *("switches", "time_in_split", "kv_peak_share", "extrapolated_share", "saturation", "wall_s"),
+    "prefix_hit_share",
+    "bound_by",
+    "time_shares",
 ]
 
 
@@ -136,9 +139,14 @@ def test_what_there_is_nothing_to_tell_about_is_null(requests: list[Request]) ->
     json.dumps(document, allow_nan=False)
     empty = {name for name, value in document.items() if value is None}
     metrics = {"ttft_s", "tpot_s", "itl_s", "e2e_s", "request_throughput_rps", "output_throughput_tps", "goodput_rps"}
-    assert empty == metrics | {"kv_peak_share", "extrapolated_share", "wall_s"} | (
-        set() if requests else {"slo_attainment"}
-    )
+    assert empty == metrics | {
+        "kv_peak_share",
+        "extrapolated_share",
+        "wall_s",
+        "prefix_hit_share",
+        "bound_by",
+        "time_shares",
+    } | (set() if requests else {"slo_attainment"})
     assert (document["duration_s"], document["time_in_split"], document["saturation"]) == (0.0, {"idle": 1.0}, "stable")
 
 

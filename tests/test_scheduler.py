@@ -462,9 +462,18 @@ def test_in_a_fused_step_decoding_sequences_grow_first_and_the_latest_is_preempt
         run = bench.launch(Phase.MIXED)
         assert run.new_tokens == new_tokens
         bench.end(run)
-    run = bench.launch(Phase.MIXED)  # the ninth token of the first takes a third block, which leaves one
+    run = bench.launch(Phase.DECODE)  # the ninth token of the first takes a third block, which leaves one
     assert bench.scheduler.preemptions == 1
-    assert (ids(run), run.decodes, run.new_tokens, run.context_lens) == ([0, 1], 1, (1, 4), (8, 0))
+    assert (ids(run), run.context_lens) == ([0], (8,))
+
+
+def test_the_first_piece_of_a_prompt_waits_until_all_of_it_fits() -> None:
+    bench = Bench("static-16", num_blocks=4, block_size=4, max_num_batched_tokens=4)
+    first = bench.decode(4)
+    bench.add(11)
+    assert bench.plan() == Plan()  # two blocks are free: enough for the piece, but the prompt takes three
+    bench.end(first, 1, finished=(0,))
+    assert bench.launch(Phase.PREFILL).new_tokens == (4,)
 
 
 def test_layers_that_were_stopped_are_finished_before_fused_steps_begin() -> None:

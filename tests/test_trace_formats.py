@@ -65,6 +65,15 @@ SESSIONS = (
     '{"session_id": 12, "timestamp": 2000, "delay_ms": 0, "input_length": 11, "output_length": 2}\n'
     '{"session_id": 12, "timestamp": 2500, "delay_ms": 30, "input_length": 12, "output_length": 3}\n'
 )
+LLMSERVINGSIM = (
+    '{"session_id": "a", "arrival_time_ns": 4000000000, "sub_requests": ['
+    '{"input_toks": 1472, "output_toks": 133, "tool_duration_ns": 500000000}, '
+    '{"input_toks": 1582, "output_toks": 125, "tool_duration_ns": 250000000, "input_tok_ids": [1]}, '
+    '{"input_toks": 1734, "output_toks": 77, "tool_duration_ns": 0}]}\n'
+    '{"input_toks": 10, "output_toks": 2, "arrival_time_ns": 1000000000, "output_tok_ids": [5, 6]}\n'
+    '{"session_id": 7, "arrival_time_ns": 4250000000, "sub_requests": ['
+    '{"input_toks": 20, "output_toks": 3, "tool_duration_ns": 0}]}\n'
+)
 
 
 def saved(folder: Path, content: str | bytes, name: str = "t") -> Path:
@@ -117,6 +126,7 @@ FILES = {
     "splitwise-csv": (SPLITWISE.encode(), 3, 2),
     "bailian-jsonl": (BAILIAN.encode(), 5, 4),
     "mooncake-jsonl": (SESSIONS.encode(), 6, 6),
+    "llmservingsim-jsonl": (LLMSERVINGSIM.encode(), 5, 5),
 }
 
 
@@ -194,6 +204,30 @@ def test_mooncake_sessions_are_put_in_order_and_a_turn_without_stamp_follows_its
     assert [r.prefix_block_ids for r in trace.requests()][1] == (0, 1)
 
 
+def test_llmservingsims_calls_follow_each_other_after_the_time_that_tools_take(tmp_path: Path) -> None:
+    trace = read_trace(saved(tmp_path, LLMSERVINGSIM))
+    assert trace.arrival_s.tolist() == [0.0, 3.0, 3.25, 3.5, 3.75]
+    assert trace.prompt_len.tolist() == [10, 1472, 20, 1582, 1734]
+    assert trace.output_len.tolist() == [2, 133, 3, 125, 77]
+    assert trace.sessions is not None
+    names = [trace.sessions.names[i] if i >= 0 else "" for i in trace.sessions.index.tolist()]
+    assert names == ["", "a", "7", "a", "a"]
+    nan = math.nan
+    np.testing.assert_array_equal(trace.sessions.delay_s, [nan, nan, nan, 0.5, 0.25])
+    assert trace.prefixes is None
+
+
+def test_sessions_survive_being_written_as_mooncake_jsonl(tmp_path: Path) -> None:
+    trace = read_trace(saved(tmp_path, LLMSERVINGSIM))
+    write(trace, tmp_path / "m", "mooncake-jsonl")
+    back = read_trace(tmp_path / "m")
+    assert back.arrival_s.tolist() == trace.arrival_s.tolist()
+    assert back.sessions is not None
+    assert trace.sessions is not None
+    assert back.sessions.turn.tolist() == trace.sessions.turn.tolist()
+    np.testing.assert_array_equal(back.sessions.delay_s, trace.sessions.delay_s)
+
+
 def test_info_counts_sessions_and_stamps(tmp_path: Path) -> None:
     found = info(read_trace(saved(tmp_path, SESSIONS)))
     assert (found.sessions, found.session_requests, found.stamps) == (2, 5, 6)
@@ -234,6 +268,15 @@ def test_blocks_are_joined_where_whole_runs_agree(tmp_path: Path) -> None:
         (VIDUR.replace(",44", ",44,1"), "line 2: row: found '0.5,374,44,1', expected 3 fields"),
         (VIDUR_LENGTHS.split("\n")[0], "line 2: found the end of the file, expected at least one row"),
         (SPLITWISE.replace("0.3", "0.1"), "line 4: arrival_timestamp: found '0.1'"),
+        (LLMSERVINGSIM.replace('"a"', "7"), "line 3: session_id: found '7', expected one that no row above has"),
+        (LLMSERVINGSIM.replace('"a"', "null"), "line 1: session_id: found None, expected"),
+        (LLMSERVINGSIM.replace("133", "0"), "line 1: output_toks: found 0, expected an integer from 1"),
+        (LLMSERVINGSIM.replace("500000000", "-1"), "line 1: tool_duration_ns: found -1, expected an integer number of"),
+        (LLMSERVINGSIM.replace("4000000000", "4.5"), "line 1: arrival_time_ns: found 4.5, expected an integer number"),
+        (LLMSERVINGSIM.replace("output_tok_ids", "tools"), "line 2: row: found 'tools', expected no field but input_"),
+        (LLMSERVINGSIM.replace('"input_tok_ids"', '"tools"'), "line 1: row: found 'tools', expected no field but inp"),
+        ('{"session_id": 1, "arrival_time_ns": 0, "sub_requests": []}', "line 1: sub_requests: found .*at least one"),
+        ('{"arrival_time_ns": 0, "input_toks": 3}', "line 1: output_toks: found no such field, expected an integer"),
         (bailian(chat_id=-1), "line 1: chat_id: found -1, expected an integer from 0"),
         (bailian() + bailian(), "line 2: chat_id: found 0, expected one that no row above has"),
         (bailian(timestamp="1"), "line 1: timestamp: found '1', expected a number of seconds"),

@@ -16,6 +16,7 @@ from test_trace_formats import (
     BAILIAN,
     BURSTGPT_1,
     BURSTGPT_3,
+    LLMSERVINGSIM,
     SERVEGEN,
     SESSIONS,
     SPLITWISE,
@@ -30,7 +31,10 @@ from semipd.trace import Trace, read_trace
 from semipd.trace.reader import TraceFormat
 
 AZURE_2024 = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n"
-TEXTS = (AZURE, AZURE_2024, MOONCAKE, SESSIONS, BAILIAN, BURSTGPT_1, BURSTGPT_3, SPLITWISE, VIDUR, VIDUR_LENGTHS)
+TEXTS = (
+    *(AZURE, AZURE_2024, MOONCAKE, SESSIONS, BAILIAN, LLMSERVINGSIM, BURSTGPT_1, BURSTGPT_3, SPLITWISE, VIDUR),
+    VIDUR_LENGTHS,
+)
 COUNTS = {  # the columns of prompt and output in each header
     "ContextTokens": "GeneratedTokens",
     "Request tokens": "Response tokens",
@@ -104,7 +108,9 @@ def counted_independently(text: str) -> tuple[int, int, int]:
     text = text.removeprefix("\ufeff")
     if text.startswith("{"):
         rows = [json.loads(line) for line in text.removesuffix("\n").split("\n")]
-        counts = [(row["input_length"], row["output_length"]) for row in rows]
+        rows = [call for row in rows for call in row.get("sub_requests", [row])]
+        kind = ("input_toks", "output_toks") if "input_toks" in rows[0] else ("input_length", "output_length")
+        counts = [(row[kind[0]], row[kind[1]]) for row in rows]
     else:
         header, *lines = text.removesuffix("\n").split("\n")
         table = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]

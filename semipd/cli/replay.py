@@ -32,6 +32,9 @@ Sets = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse cost look-ups outside the measured grid.")]
+
+
 class ExecutorName(str, Enum):
     """Where a replay runs: in simulation, or a model with torch on this machine's CPU or GPU."""
 
@@ -45,13 +48,14 @@ def replay(
     executor: Annotated[ExecutorName, typer.Option(help="Where it runs.")] = ExecutorName.SIM,
     sets: Sets = None,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help="Folder to save the run in.")] = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace under one policy."""
     from semipd.compare import policy_names, prepare, rate_rps, run
     from semipd.config import ReplayConfig, load
 
-    found = load(config, ReplayConfig, tuple(sets or ()))
+    found = load(config, ReplayConfig, (*(sets or ()), *(("strict=true",) if strict else ())))
     setup = prepare(found)
     policy_names((found.policy,), setup)  # refuse an unknown one before anything is written
     with (
@@ -89,6 +93,7 @@ def compare(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Replays at a time.  [default: the CPUs there are]")] = None,
+    strict: Strict = False,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -103,6 +108,7 @@ def compare(
         "trace.rate_scale": rate_scale,
         "trace.limit": limit,
         "predictor_error": predictor_error,
+        "strict": "true" if strict else None,
         "slo": json.dumps(slo) if slo is not None else None,
     }
     given = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
@@ -156,6 +162,7 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
     from dataclasses import replace
     from importlib.util import find_spec
 
+    from semipd.compare import sim_executor
     from semipd.config import load
     from semipd.core import InputError
     from semipd.policies import chosen, make_policy, whole_device
@@ -163,15 +170,17 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
 
     policy = make_policy(config.policy, setup.predictor, setup.slo)
     if name is ExecutorName.SIM:
-        from semipd.sim import SimExecutor
-
-        simulated = SimExecutor(setup.cost, setup.profile.overheads)
         yield (
-            simulated,
+            sim_executor(setup),
             Scheduler(setup.scheduler, policy, device_sms=setup.cost.device_sms, layers=setup.cost.layers),
             None,
         )
         return
+    if config.scheduler.enable_prefix_caching:
+        raise InputError(
+            f"scheduler.enable_prefix_caching: found true; expected false with --executor {name.value}, "
+            "whose sequences share no blocks"
+        )
     if find_spec("torch") is None:
         raise InputError("running a model needs torch: pip install 'semipd[gpu]'")
     if config.model is None:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Read, describe, convert, fit and draw request traces (docs/traces.md).")
 
 WRITTEN = "azure-csv or mooncake-jsonl"
-READ = "azure-csv, mooncake-jsonl, bailian-jsonl, burstgpt-csv, vidur-csv, splitwise-csv or servegen-tar"
+READ = (
+    "azure-csv, mooncake-jsonl, bailian-jsonl, llmservingsim-jsonl, burstgpt-csv, vidur-csv, splitwise-csv or "
+    "servegen-tar"
+)
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="A trace file, or the name of a shipped trace.")]
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A specification file, or the name of a shipped one.")]

@@ -31,7 +31,7 @@ def comparison_report(found: Comparison) -> RenderableType:
 def summary_report(summary: Summary, setup: Setup, rate_rps: float | None, ran: str | None = None) -> RenderableType:
     """One replay, at so many requests a second; ``ran``: what ran where, if it was no simulation."""
     lines = [
-        f"Completed {summary.completed:,}, dropped {summary.dropped:,}; {summary.saturation}.",
+        f"Completed {summary.completed:,}, dropped {summary.dropped:,}; {summary.saturation}; {_bound(summary)}.",
         f"Time in split: {_splits(summary)}.",
         *_caveats([summary], setup.profile, setup.predicted_by, ran),
     ]
@@ -75,6 +75,7 @@ def _notes(found: Comparison) -> Text:
         lines.append(f"{STATIC} the best static split: {found.best_static}.")
     if found.against_chunked is not None:
         lines.append(found.against_chunked)
+    lines += [f"{run.policy} is {_bound(run)}." for run in found.runs if run.policy == found.recommended]
     lines += [f"Time in split of adaptive: {_splits(run)}." for run in found.runs if run.policy == "adaptive"]
     return Text("\n".join([*lines, *_caveats(found.runs, found.profile, found.predicted_by)]))
 
@@ -102,13 +103,26 @@ def _caveats(runs: Sequence[Summary], profile: Profile, predicted_by: str, ran: 
     preempted = [f"{run.policy} {run.preemptions:,}" for run in runs if run.preemptions]
     if preempted:
         lines.append(f"Preemptions: {', '.join(preempted)}.")
-    unsteady = [f"{run.policy} {run.saturation}" for run in runs if run.saturation != "stable"]
+    unsteady: dict[str, list[str]] = {}
+    for run in runs:
+        if run.saturation != "stable":
+            unsteady.setdefault(f"{run.saturation}, bound by {run.bound_by}", []).append(run.policy)
     if unsteady:
-        lines.append(f"Did not keep up with arrivals: {', '.join(unsteady)}.")
+        each = (f"{what}: {', '.join(policies)}" for what, policies in unsteady.items())
+        lines.append(f"Did not keep up with arrivals: {'; '.join(each)}.")
+    hits = max((run.prefix_hit_share or 0.0 for run in runs), default=0.0)
+    if hits:
+        lines.append(f"Up to {100 * hits:.0f} % of the prompts' tokens were cached.")
     outside = max((run.extrapolated_share or 0.0 for run in runs), default=0.0)
     if outside:
         lines.append(f"Up to {100 * outside:.2g} % of a run's cost look-ups fell outside the measured grid.")
     return lines
+
+
+def _bound(run: Summary) -> str:
+    shares = sorted((run.time_shares or {}).items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{bound} {100 * share:.0f} %" for bound, share in shares if share >= 0.005)
+    return f"bound by {run.bound_by} (requests' time: {shown})" if shown else "nothing ran"
 
 
 def _splits(run: Summary) -> str:

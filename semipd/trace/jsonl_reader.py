@@ -1,7 +1,7 @@
-"""JSONL traces with prefix block ids: Mooncake, with or without sessions, and Bailian (Qwen).
+"""JSONL traces: Mooncake, with or without sessions, Bailian (Qwen), and LLMServingSim's workloads.
 
 Formats: github.com/kvcache-ai/Mooncake (FAST'25); ``session_id`` and ``delay`` as aiperf and Dynamo read them;
-github.com/alibaba-edu/qwen-bailian-usagetraces-anon (arXiv 2506.02634).
+github.com/alibaba-edu/qwen-bailian-usagetraces-anon (arXiv 2506.02634); github.com/casys-kaist/LLMServingSim.
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ BAILIAN_FIELDS = (
     "hash_ids",
 )
 
+LLMSERVINGSIM = "llmservingsim-jsonl"
+LLMSERVINGSIM_CALL = ("input_toks", "output_toks", "input_tok_ids", "output_tok_ids")
+LLMSERVINGSIM_REQUEST = (*LLMSERVINGSIM_CALL, "arrival_time_ns")
+LLMSERVINGSIM_TURN = (*LLMSERVINGSIM_CALL, "tool_duration_ns")
+LLMSERVINGSIM_SESSION = ("session_id", "arrival_time_ns", "sub_requests")
+
+_NS_PER_S = 1_000_000_000
+_MAX_STAMP_NS = int(MAX_STAMP_S) * _NS_PER_S
+_NS_EXPECTED = f"an integer number of ns from 0 to {_MAX_STAMP_NS:g}"
 _MAX_STAMP_MS = int(MAX_STAMP_S * 1000)
 _STAMP_MS_EXPECTED = "an integer number of ms from 0"
 _DELAY_EXPECTED = f"a number of ms from 0 to {_MAX_STAMP_MS:g}"
@@ -42,10 +51,12 @@ _STAMP_S_EXPECTED = f"a number of seconds from 0 to {MAX_STAMP_S:g}"
 
 
 class _Rows:
-    """The columns that both formats have, as they are read."""
+    """The columns that all formats have, as they are read; ``lengths`` are the fields of prompt and output."""
 
-    def __init__(self, source: Source, block_tokens: int) -> None:
-        self._source, self._block_tokens = source, block_tokens
+    def __init__(
+        self, source: Source, block_tokens: int, lengths: tuple[str, str] = ("input_length", "output_length")
+    ) -> None:
+        self._source, self._block_tokens, self._lengths = source, block_tokens, lengths
         self.stamps = array("d")
         self._prompts, self._outputs = array("q"), array("q")
         self._ids, self._offsets = array("q"), array("q", [0])
@@ -56,8 +67,8 @@ class _Rows:
     def add(self, line: int, row: dict[str, Any], stamp: float, least_output: int = 1) -> bool:
         """Whether a row was taken: one with an output of 0 tokens is not, where ``least_output`` lets it pass."""
         expected = TOKENS_EXPECTED if least_output else f"an integer from 0 to {MAX_TOKENS}"
-        prompt = _integer(self._source, line, row, "input_length", 1, MAX_TOKENS, TOKENS_EXPECTED)
-        output = _integer(self._source, line, row, "output_length", least_output, MAX_TOKENS, expected)
+        prompt = _integer(self._source, line, row, self._lengths[0], 1, MAX_TOKENS, TOKENS_EXPECTED)
+        output = _integer(self._source, line, row, self._lengths[1], least_output, MAX_TOKENS, expected)
         ids = self._block_ids(line, row["hash_ids"], prompt) if "hash_ids" in row else ()
         if output == 0:
             return False
@@ -183,14 +194,57 @@ def read_bailian(source: Source, lines: Lines) -> Trace:
     return rows.trace(BAILIAN, 1, dropped, session, delay_s, tuple(names))
 
 
+def read_llmservingsim(source: Source, lines: Lines) -> Trace:
+    """One JSON object a row: a request (``arrival_time_ns``), or a session with all its turns (``sub_requests``).
+
+    A turn's ``tool_duration_ns`` is the time from its end to the next turn's start; the arrival of a later turn is the
+    earliest possible one, so much after the arrival before. Each turn counts as a row read. Token ids are not used.
+    """
+    rows = _Rows(source, 1, ("input_toks", "output_toks"))
+    session, delay_s = array("q"), array("d")
+    names: dict[str, None] = {}
+
+    def add(line: int, call: dict[str, Any], stamp_ns: float, number: int, delay_ns: float) -> None:
+        rows.add(line, call, stamp_ns)
+        session.append(number)
+        delay_s.append(delay_ns / _NS_PER_S)
+
+    for line, text in lines:
+        row = _object(source, line, text, (*LLMSERVINGSIM_REQUEST, *LLMSERVINGSIM_SESSION[::2]))
+        arrival_ns: float = _integer(source, line, row, "arrival_time_ns", 0, _MAX_STAMP_NS, _NS_EXPECTED)
+        if "sub_requests" not in row:
+            add(line, _only(source, line, row, LLMSERVINGSIM_REQUEST), arrival_ns, -1, math.nan)
+            continue
+        name = _session_id(source, line, _only(source, line, row, LLMSERVINGSIM_SESSION))
+        if name is None:
+            source.refuse(line, "session_id", name, "a text or an integer")
+        if name in names:
+            source.refuse(line, "session_id", name, "one that no row above has")
+        names[name] = None
+        turns, delay_ns = row["sub_requests"], math.nan
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            source.refuse(line, "sub_requests", turns, "a list of at least one JSON object")
+        for turn in turns:
+            _only(source, line, turn, LLMSERVINGSIM_TURN)
+            add(line, turn, arrival_ns, len(names) - 1, delay_ns)
+            delay_ns = _integer(source, line, turn, "tool_duration_ns", 0, _MAX_STAMP_NS, _NS_EXPECTED)
+            arrival_ns += delay_ns
+    return rows.trace(LLMSERVINGSIM, _NS_PER_S, {}, session, delay_s, tuple(names))
+
+
 def _object(source: Source, line: int, text: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    """A row's fields. Unknown ones are refused: they might change what the row means."""
+    """A row's fields."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
         source.refuse(line, "row", text, "one complete JSON object")
     if not isinstance(row, dict):
         source.refuse(line, "row", text, "one complete JSON object")
+    return _only(source, line, row, fields)
+
+
+def _only(source: Source, line: int, row: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """The row. Unknown fields are refused: they might change what it means."""
     unknown = [key for key in row if key not in fields]
     if unknown:
         source.refuse(line, "row", unknown[0], f"no field but {', '.join(fields)}")

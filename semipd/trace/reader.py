@@ -10,7 +10,7 @@ from pathlib import Path
 from semipd.core import InputError
 from semipd.trace.columns import Trace, head
 from semipd.trace.csv_reader import CSV_FORMATS, csv_format, read_csv
-from semipd.trace.jsonl_reader import read_bailian, read_mooncake
+from semipd.trace.jsonl_reader import read_bailian, read_llmservingsim, read_mooncake
 from semipd.trace.servegen import Clients, read_clients
 from semipd.trace.source import Source, open_source, shown
 
@@ -21,6 +21,7 @@ class TraceFormat(str, Enum):
     AZURE = "azure-csv"
     MOONCAKE = "mooncake-jsonl"
     BAILIAN = "bailian-jsonl"
+    LLMSERVINGSIM = "llmservingsim-jsonl"
     BURSTGPT = "burstgpt-csv"
     VIDUR = "vidur-csv"
     SPLITWISE = "splitwise-csv"
@@ -75,6 +76,8 @@ def _read_text(source: Source, wanted: TraceFormat | None) -> Trace:
         return read_mooncake(source, whole)
     if wanted is TraceFormat.BAILIAN:
         return read_bailian(source, whole)
+    if wanted is TraceFormat.LLMSERVINGSIM:
+        return read_llmservingsim(source, whole)
     form = csv_format(first[1], wanted.value if wanted else None)
     if form is None and first[1].startswith("TIMESTAMP"):
         form = csv_format(first[1], TraceFormat.AZURE.value)  # says what is wrong with its header
@@ -85,8 +88,11 @@ def _read_text(source: Source, wanted: TraceFormat | None) -> Trace:
 
 
 def _jsonl_format(first_line: str) -> TraceFormat:
-    """Bailian's rows alone have a chat_id; what is broken is left to the other reader to refuse."""
+    """By a field that no other format has; what is broken is left to Mooncake's reader to refuse."""
     try:
-        return TraceFormat.BAILIAN if "chat_id" in json.loads(first_line) else TraceFormat.MOONCAKE
+        row = json.loads(first_line)
     except (ValueError, RecursionError):
         return TraceFormat.MOONCAKE
+    if "chat_id" in row:
+        return TraceFormat.BAILIAN
+    return TraceFormat.LLMSERVINGSIM if "arrival_time_ns" in row else TraceFormat.MOONCAKE
