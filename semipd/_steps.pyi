@@ -38,9 +38,7 @@ class Curve:
     Outside ``low`` to ``high`` KV tokens is outside the grid; ``outside``: everywhere is.
     """
 
-    def __init__(
-        self, kv_tokens: FloatArray, seconds: FloatArray, low: float, high: float, outside: bool
-    ) -> None: ...
+    def __init__(self, kv_tokens: FloatArray, seconds: FloatArray, low: float, high: float, outside: bool) -> None: ...
     def at(self, kv_tokens: IntArray) -> tuple[FloatArray, int]:
         """Seconds of each step, and how many are outside."""
 
