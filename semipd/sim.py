@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import simpy
 
+from semipd._steps import Boundaries
 from semipd.core import (
     NO_OVERHEADS,
     Allocation,
@@ -28,8 +29,6 @@ from semipd.executor import check_launch, finished_by_prefill, output_left
 
 Own = TypeVar("Own")
 Other = TypeVar("Other")
-
-NONE: FloatArray = np.empty(0)
 
 STRETCH_STEPS = 1024
 """Steps priced at a time, so that a run that could go on for a million steps costs no more to start or re-time."""
@@ -111,7 +110,7 @@ class SimExecutor:
             self._switched_s = self._now_s + self._overheads.switch_ms / 1e3
         self._allocation = run.allocation
         start_s = 0.0 if continues else self._overheads.start_s(run.phase)
-        flight.begin_s = max(self._now_s, self._switched_s) + start_s
+        flight.steps.begin_s = max(self._now_s, self._switched_s) + start_s
         self._look = self._look or not continues
         self._changed = True
 
@@ -119,15 +118,15 @@ class SimExecutor:
         """Ask the run to end at its first boundary from now on; no effect on a run that has ended."""
         for flight in self._flights():
             if flight.run.id == run_id:
-                flight.stop(self._now_s)
-                self._priced_to_s = min(self._priced_to_s, flight.priced_to_s)
+                flight.steps.stop(self._now_s)
+                self._priced_to_s = min(self._priced_to_s, flight.steps.priced_to_s)
                 self._changed = True
 
     def steps_done(self, run_id: int) -> int:
         """Steps that a run in flight has completed by now. Raises KeyError for a run that is not in flight."""
         for flight in self._flights():
             if flight.run.id == run_id:
-                return flight.steps_done(self._now_s)
+                return flight.steps.reached(self._now_s)
         raise KeyError(f"run {run_id} is not in flight")
 
     def wait(self, until_s: float | None) -> list[StepRecord]:
@@ -161,19 +160,19 @@ class SimExecutor:
         prefill, decode, ended = self._prefill, self._decode, []
         self._priced_to_s = math.inf
         if prefill is not None:
-            if prefill.end_s <= self._now_s:
+            if prefill.steps.end_s <= self._now_s:
                 self._prefill = None
                 self._last_prefill = prefill.record(self._cost)
                 ended.append(self._last_prefill)
             else:
-                self._priced_to_s = prefill.priced_to_s
+                self._priced_to_s = prefill.steps.priced_to_s
         if decode is not None:
-            if decode.end_s <= self._now_s:
+            if decode.steps.end_s <= self._now_s:
                 self._decode = None
                 self._last_decode = decode.record(self._cost)
                 ended.append(self._last_decode)
-            elif decode.priced_to_s < self._priced_to_s:
-                self._priced_to_s = decode.priced_to_s
+            elif decode.steps.priced_to_s < self._priced_to_s:
+                self._priced_to_s = decode.steps.priced_to_s
         if ended:
             self._changed = True
         return ended
@@ -183,14 +182,14 @@ class SimExecutor:
         now_s, cost, prefill, decode = self._now_s, self._cost, self._prefill, self._decode
         if self._look:
             self._seen_prefill = prefill.shape if prefill is not None else None
-            self._seen_decode = decode.shape(decode.steps_done(now_s)) if decode is not None else None
+            self._seen_decode = decode.shape(decode.steps.reached(now_s)) if decode is not None else None
         self._priced_to_s = math.inf
         if prefill is not None:
             prefill.go_on(now_s, cost, self._seen_decode if decode is not None else None)
-            self._priced_to_s = prefill.priced_to_s
+            self._priced_to_s = prefill.steps.priced_to_s
         if decode is not None:
             decode.go_on(now_s, cost, self._seen_prefill if prefill is not None else None)
-            self._priced_to_s = min(self._priced_to_s, decode.priced_to_s)
+            self._priced_to_s = min(self._priced_to_s, decode.steps.priced_to_s)
         self._look = self._changed = False
 
     def _go_on_to(self, at_s: float) -> None:
@@ -202,27 +201,16 @@ class SimExecutor:
 
 
 class Flight(ABC, Generic[Other]):
-    """A run in flight: the boundaries it has reached, and when it will reach the others at the present prices.
+    """A run in flight: when its steps end at the present prices (``steps``), and what they are priced beside."""
 
-    A *stretch* is a time over which prices hold; it may start within a step. ``priced_to_s`` is the last boundary
-    known, and ``end_s`` the end of the run, infinite while that is further than was priced. ``begin_s``: when the first
-    step begins.
-    """
+    __slots__ = ("_beside", "_extrapolated", "_lookups", "_outside", "_priced", "_start_s", "run", "steps")
 
     def __init__(self, run: Run, now_s: float, steps: int) -> None:
         self.run = run
-        self.end_s = math.inf
-        self.priced_to_s = -math.inf
-        self._start_s = self.begin_s = now_s
-        self._steps = steps  # at which the run ends
-        self._past: list[FloatArray] = []  # boundaries in earlier stretches
-        self._done = 0  # how many these are
-        self._last_s = now_s  # the last of them
-        self._stretch_s = now_s
-        self._rest = 1.0  # share of the stretch's first step that is still to do
-        self._seconds = NONE  # what each step of the stretch takes as a whole
-        self._ends = NONE  # boundaries of the stretch
-        self._outside = 0  # look-ups of _seconds that are outside the measured grid
+        self.steps = Boundaries(now_s, steps)
+        self._start_s = now_s
+        self._priced = 0  # look-ups of the present stretch
+        self._outside = 0  # of these, outside the measured grid
         self._beside: Other | None = None
         self._lookups = 0
         self._extrapolated = 0
@@ -239,72 +227,34 @@ class Flight(ABC, Generic[Other]):
     def finished(self, steps: int) -> tuple[int, ...]:
         """Ids of the requests that have their last token after so many steps."""
 
-    def steps_done(self, now_s: float) -> int:
-        """Boundaries reached by now, one at this moment included."""
-        return self._done + int(self._ends.searchsorted(now_s, side="right"))
-
     def go_on(self, now_s: float, cost: CostModel, beside: Other | None) -> None:
         """Have what is left priced beside this from now on."""
-        if now_s < self.priced_to_s and (beside is self._beside or beside == self._beside):
+        steps = self.steps
+        if now_s < steps.priced_to_s and (beside is self._beside or beside == self._beside):
             return
-        if self._seconds is not NONE:
-            now_s = min(now_s, self.priced_to_s)
-            self._close(now_s, cost)
-        self._beside = beside
-        steps = min(self._steps - self._done, STRETCH_STEPS)
-        seconds, self._outside = self.price(cost, self._done, steps, beside)
-        times = seconds.astype(np.float64)  # a copy
-        times[0] = max(now_s, self.begin_s) + self._rest * seconds.item(0)
-        # Added up one by one, as runs of single steps would be: equal to the last bit.
-        self._ends = np.add.accumulate(times)
-        self._seconds = seconds
-        self.priced_to_s = self._ends.item(-1)
-        self.end_s = self.priced_to_s if self._done + steps == self._steps else math.inf
-
-    def stop(self, now_s: float) -> None:
-        """End at the first boundary from now on."""
-        if self._done and self._last_s == now_s:
-            steps = self._done
-        else:
-            steps = self._done + int(self._ends.searchsorted(now_s, side="left")) + 1
-        if steps >= self._steps:
-            return
-        self._steps = steps
-        if self._seconds is not NONE:
-            self._ends = self._ends[: steps - self._done]
-            self.end_s = self.priced_to_s = self._ends.item(-1) if len(self._ends) else self._last_s
+        before = steps.done
+        if worked := steps.leave(now_s):
+            self._count(cost, before, worked)
+        self._beside, first = beside, steps.done
+        self._priced = min(steps.steps - first, STRETCH_STEPS)
+        seconds, self._outside = self.price(cost, first, self._priced, beside)
+        steps.price(seconds)
 
     def record(self, cost: CostModel) -> StepRecord:
         """What the run did; it has ended."""
-        if self._outside:
-            self._count(cost, len(self._ends))
-        else:
-            self._lookups += len(self._ends)
-        ends_s = np.concatenate([*self._past, self._ends]) if self._past else self._ends
-        finished = self.finished(self._steps)
-        return StepRecord(self.run, self._start_s, ends_s, finished, self._lookups, self._extrapolated)
+        steps = self.steps
+        if worked := steps.in_stretch:
+            self._count(cost, steps.done, worked)
+        return StepRecord(
+            self.run, self._start_s, steps.ends_s(), self.finished(steps.steps), self._lookups, self._extrapolated
+        )
 
-    def _close(self, now_s: float, cost: CostModel) -> None:
-        """Leave the present stretch, unless it has only begun."""
-        if self._stretch_s == now_s < self.priced_to_s:
-            return
-        done = int(self._ends.searchsorted(now_s, side="right"))
-        reached = self._ends[:done]
-        if done:
-            self._last_s = reached.item(-1)
-        within = now_s > max(self._last_s, self.begin_s)
-        self._rest = (self._ends.item(done) - now_s) / self._seconds.item(done) if within else 1.0
-        self._count(cost, done + within)
-        self._past.append(reached)
-        self._done += done
-        self._stretch_s = now_s
-
-    def _count(self, cost: CostModel, steps: int) -> None:
-        """Count the look-ups of the stretch's first steps, which were worked on."""
+    def _count(self, cost: CostModel, first: int, steps: int) -> None:
+        """Count the look-ups of so many steps of a stretch, which were worked on."""
         self._lookups += steps
-        if self._outside and steps:
-            whole = steps == len(self._seconds)
-            self._extrapolated += self._outside if whole else self.price(cost, self._done, steps, self._beside)[1]
+        if self._outside:
+            whole = steps == self._priced
+            self._extrapolated += self._outside if whole else self.price(cost, first, steps, self._beside)[1]
 
 
 class PrefillFlight(Flight[DecodeShape]):
