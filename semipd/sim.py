@@ -72,7 +72,8 @@ class SimExecutor:
 
     def __init__(self, cost: CostModel, overheads: Overheads = NO_OVERHEADS) -> None:
         self._cost = cost
-        self._overheads = overheads
+        self._start_s = {phase: overheads.start_s(phase) for phase in Phase}
+        self._switch_s = overheads.switch_ms / 1e3
         self._switched_s = 0.0  # until when the last change of allocation lasts
         self._allocation: Allocation | None = None  # of the last launch
         self._env = simpy.Environment()
@@ -97,20 +98,22 @@ class SimExecutor:
 
         Raises ValueError as ``Executor.launch`` does, and for a sequence that has all its output.
         """
-        check_launch(run, [flight.run for flight in (self._prefill, self._decode) if flight is not None])
+        check_launch(run, [flight.run for flight in self._flights()])
+        now_s, allocation = self._now_s, run.allocation
         flight: PrefillFlight | DecodeFlight
         if run.phase is Phase.DECODE:
-            flight, last = DecodeFlight(run, self._now_s), self._last_decode
+            flight, last = DecodeFlight(run, now_s), self._last_decode
             self._decode = flight
         else:
-            flight = (MixedFlight if run.phase is Phase.MIXED else PrefillFlight)(run, self._now_s)
+            flight = (MixedFlight if run.phase is Phase.MIXED else PrefillFlight)(run, now_s)
             self._prefill, last = flight, self._last_prefill
         continues = last is not None and flight.continues(last)
-        if self._allocation is not None and run.allocation != self._allocation:
-            self._switched_s = self._now_s + self._overheads.switch_ms / 1e3
-        self._allocation = run.allocation
-        start_s = 0.0 if continues else self._overheads.start_s(run.phase)
-        flight.steps.begin_s = max(self._now_s, self._switched_s) + start_s
+        if self._allocation is not None and allocation is not self._allocation and allocation != self._allocation:
+            self._switched_s = now_s + self._switch_s
+        self._allocation = allocation
+        begin_s = max(now_s, self._switched_s) + (0.0 if continues else self._start_s[run.phase])
+        if begin_s > now_s:
+            flight.steps.begin_s = begin_s
         self._look = self._look or not continues
         self._changed = True
 
@@ -153,7 +156,10 @@ class SimExecutor:
                 self._go_on_to(min(self._priced_to_s, until_s))
 
     def _flights(self) -> list[PrefillFlight | DecodeFlight]:
-        return [flight for flight in (self._prefill, self._decode) if flight is not None]
+        prefill, decode = self._prefill, self._decode
+        if prefill is None:
+            return [] if decode is None else [decode]
+        return [prefill] if decode is None else [prefill, decode]
 
     def _collect(self) -> list[StepRecord]:
         """The records of the runs that have ended, which are no longer in flight then."""
@@ -220,8 +226,8 @@ class Flight(ABC, Generic[Other]):
         """Whether this run plainly goes on with what that one did."""
 
     @abstractmethod
-    def price(self, cost: CostModel, first: int, steps: int, beside: Other | None) -> tuple[FloatArray, int]:
-        """Seconds of so many steps from ``first`` on, and how many of these look-ups are outside the grid."""
+    def price(self, cost: CostModel, first: int, steps: int, beside: Other | None) -> tuple[FloatArray | float, int]:
+        """Seconds of so many steps from ``first`` on, or of every one, and how many look-ups are outside the grid."""
 
     @abstractmethod
     def finished(self, steps: int) -> tuple[int, ...]:
@@ -238,7 +244,10 @@ class Flight(ABC, Generic[Other]):
         self._beside, first = beside, steps.done
         self._priced = min(steps.steps - first, STRETCH_STEPS)
         seconds, self._outside = self.price(cost, first, self._priced, beside)
-        steps.price(seconds)
+        if isinstance(seconds, float):
+            steps.price_evenly(seconds, self._priced)
+        else:
+            steps.price(seconds)
 
     def record(self, cost: CostModel) -> StepRecord:
         """What the run did; it has ended."""
@@ -260,6 +269,8 @@ class Flight(ABC, Generic[Other]):
 class PrefillFlight(Flight[DecodeShape]):
     """Layers of one batch."""
 
+    __slots__ = ("shape",)
+
     def __init__(self, run: Run, now_s: float) -> None:
         super().__init__(run, now_s, run.max_steps)
         self.shape = run.prefill_shape
@@ -276,11 +287,11 @@ class PrefillFlight(Flight[DecodeShape]):
             and run.new_tokens == before.new_tokens
         )
 
-    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[FloatArray, int]:
+    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[float, int]:
         """The same for every layer."""
         del first
         seconds, outside = cost.prefill_s(self.shape, self.run.allocation, beside)
-        return np.full(steps, seconds), steps * outside
+        return seconds, steps * outside
 
     def finished(self, steps: int) -> tuple[int, ...]:
         """Requests whose prompt is complete and whose output is with one token more."""
@@ -290,16 +301,20 @@ class PrefillFlight(Flight[DecodeShape]):
 class MixedFlight(PrefillFlight):
     """A fused step, which has the device for itself."""
 
-    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[FloatArray, int]:
+    __slots__ = ()
+
+    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[float, int]:
         """The one step, all layers."""
         del first, beside
         decode = self.run.decode_shape if self.run.decodes else None
         seconds, outside = cost.mixed_s(self.shape, decode)
-        return np.full(steps, seconds), steps * outside
+        return seconds, steps * outside
 
 
 class DecodeFlight(Flight[PrefillShape]):
     """Steps of one batch, up to the first that gives a sequence its last token."""
+
+    __slots__ = ("_batch", "_cached", "_first_finish", "_left")
 
     def __init__(self, run: Run, now_s: float) -> None:
         self._left = output_left(run)
