@@ -60,8 +60,7 @@ class Log:
         self._rounded: dict[int, FloatArray] = {}  # counts of later gaps by their exponent and first bits
         self._closed_runs = 0  # decode runs in either
         self._chunk_start_s = 0.0  # end of their last decode step
-        self._ends_s: list[FloatArray] = []  # of the decode runs that follow
-        self._open_steps = 0  # how many these are
+        self._step_end_s = array("d")  # of the decode runs that follow
         self._decode_steps, self._decode_batch, self._decode_stayed = array("q"), array("q"), array("q")
         self._own_gap_s = array("d")
         self._first_id, self._first_s = array("q"), array("d")
@@ -110,8 +109,7 @@ class Log:
                     self._token(request_id, first_s)
             self._requests, self._batch = requests, batch
         steps = len(ends_s)
-        self._ends_s.append(ends_s)
-        self._open_steps += steps
+        self._step_end_s.frombytes(ends_s.data)
         self._decode_steps.append(steps)
         self._decode_batch.append(n)
         self._decode_stayed.append(n - joined)
@@ -119,7 +117,7 @@ class Log:
         self.tokens += steps * n
         if record.finished:
             self._batch.difference_update(record.finished)
-        if self._open_steps >= self._chunk_steps:
+        if len(self._step_end_s) >= self._chunk_steps:
             self._close_chunk()
 
     def _close_chunk(self) -> None:
@@ -131,10 +129,10 @@ class Log:
             self._count(*_present(gaps, self._gap_counts(self._closed_runs, runs)))
         self._closed_runs += runs
         self._chunk_start_s = self._batch_s
-        self._ends_s, self._open_steps = [], 0
+        self._step_end_s = array("d")
 
     def _open_gaps(self) -> FloatArray:
-        return np.diff(np.concatenate([[self._chunk_start_s], *self._ends_s]))
+        return np.diff(_floats(self._step_end_s), prepend=self._chunk_start_s)
 
     def _count(self, gaps: FloatArray, counts: IntArray) -> None:
         """Count gaps that agree in their exponent and first bits together."""
