@@ -109,7 +109,7 @@ class Log:
                     self._token(request_id, first_s)
             self._requests, self._batch = requests, batch
         steps = len(ends_s)
-        self._step_end_s.frombytes(ends_s.data)
+        self._step_end_s.frombytes(ends_s.tobytes())
         self._decode_steps.append(steps)
         self._decode_batch.append(n)
         self._decode_stayed.append(n - joined)
