@@ -230,22 +230,27 @@ def policy_names(asked: Sequence[str], setup: Setup) -> tuple[str, ...]:
 
 
 def run_all(setup: Setup, policies: Sequence[str], jobs: int) -> Iterator[Summary]:
-    """Replay under each policy, ``jobs`` at a time in processes of their own; summaries as they come."""
+    """Replay under each policy, ``jobs`` at a time in processes of their own; summaries as they come.
+
+    Raises KeyboardInterrupt instead of a summary of what Ctrl-C cut short.
+    """
     if jobs == 1:
-        for name in policies:
-            outcome = simulate(setup, name)
-            if not outcome.complete:
-                raise KeyboardInterrupt
-            yield outcome.summary
-        return
-    from joblib import Parallel, delayed  # here, since one replay does without
+        replays: Iterable[tuple[Summary, bool]] = (_summary(setup, name) for name in policies)
+    else:
+        from joblib import Parallel, delayed  # here, since one replay does without
 
-    work = (delayed(_summary)(setup, name) for name in policies)
-    yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(work)
+        work = (delayed(_summary)(setup, name) for name in policies)
+        replays = Parallel(n_jobs=jobs, return_as="generator_unordered")(work)
+    for summary, complete in replays:
+        if not complete:  # Ctrl-C may have reached a worker first
+            raise KeyboardInterrupt
+        yield summary
 
 
-def _summary(setup: Setup, policy: str) -> Summary:
-    return simulate(setup, policy).summary
+def _summary(setup: Setup, policy: str) -> tuple[Summary, bool]:
+    """Without the table of requests, which need not be sent from a worker."""
+    outcome = simulate(setup, policy)
+    return outcome.summary, outcome.complete
 
 
 def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
