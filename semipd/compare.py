@@ -19,6 +19,7 @@ from semipd.profile import Profile, load_profile
 from semipd.scheduler import Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor
 from semipd.trace import Arrivals, Reshape, Trace, read_trace, reshape, shipped
+from semipd.variation import Variation
 
 CAPACITY = 0.9
 """A policy copes with a load when at least this share of the requests meets both targets."""
@@ -33,7 +34,8 @@ WATCH_EVERY = 256  # records between two calls of a watcher
 class Setup:
     """Everything a replay needs but its policy, read and checked. Can be pickled.
 
-    ``cost`` is what the simulation runs on, ``predictor`` what policies predict with, in words ``predicted_by``.
+    ``cost`` is what the simulation runs on, ``variation`` by how much its steps vary. ``predictor`` is what policies predict
+    with, in words ``predicted_by``.
     """
 
     trace: Trace
@@ -43,6 +45,11 @@ class Setup:
     predicted_by: str
     slo: Slo
     scheduler: SchedulerConfig
+    variation: Variation | None = None
+
+    def simulator(self) -> SimExecutor:
+        """A new simulation."""
+        return SimExecutor(self.cost, self.profile.overheads, self.variation)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def prepare(config: Workload) -> Setup:
         ),
         slo=config.targets,
         scheduler=scheduler_config(config.scheduler, profile),
+        variation=None if config.variation_seed is None else Variation(profile, config.variation_seed),
     )
 
 
@@ -129,7 +137,7 @@ def simulate(
         device_sms=setup.cost.device_sms,
         layers=setup.cost.layers,
     )
-    return run(setup, policy, scheduler, SimExecutor(setup.cost, setup.profile.overheads), watch=watch, each=each)
+    return run(setup, policy, scheduler, setup.simulator(), watch=watch, each=each)
 
 
 def run(
@@ -192,6 +200,7 @@ class Comparison:
     operations: tuple[str, ...]
     rate_rps: float | None
     predicted_by: str
+    variation_seed: int | None
     profile: Profile
     runs: tuple[Summary, ...]
     best_static: str | None
@@ -207,6 +216,7 @@ class Comparison:
             "operations": list(self.operations),
             "rate_rps": self.rate_rps,
             "predictor": self.predicted_by,
+            "variation_seed": self.variation_seed,
             "profile": self.profile.name,
             "runs": [run.to_json() for run in self.runs],
             "best_static": self.best_static,
@@ -267,6 +277,7 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
         operations=setup.trace.operations,
         rate_rps=rate_rps(setup.trace),
         predicted_by=setup.predicted_by,
+        variation_seed=None if setup.variation is None else setup.variation.seed,
         profile=setup.profile,
         runs=ordered,
         best_static=static.policy if static else None,

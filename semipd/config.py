@@ -106,7 +106,8 @@ class Workload(Strict):
     """What is replayed, on what, and by which targets it is judged: a preset's name, or TTFT and TPOT.
 
     ``predictor_error``: by how much the times that policies predict with are off (``semipd.cost.Misjudged``), drawn
-    with ``predictor_seed``; at 0 they predict with what the simulation runs on.
+    with ``predictor_seed``; at 0 they predict with what the simulation runs on. ``variation_seed``: step times vary as
+    measured (``semipd.variation``), drawn with this seed; null for the measured medians.
     """
 
     trace: TraceConfig = TraceConfig()
@@ -115,6 +116,7 @@ class Workload(Strict):
     scheduler: SchedulerOptions = SchedulerOptions()
     predictor_error: Annotated[float, Field(ge=0, le=2)] = 0.0
     predictor_seed: Annotated[int, Field(ge=0)] = 0
+    variation_seed: Annotated[int, Field(ge=0)] | None = None
 
     @field_validator("slo")
     @classmethod

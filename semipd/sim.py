@@ -26,6 +26,7 @@ from semipd.core import (
 )
 from semipd.cost import CostModel
 from semipd.executor import check_launch, finished_by_prefill, output_left
+from semipd.variation import Variation
 
 Own = TypeVar("Own")
 Other = TypeVar("Other")
@@ -65,13 +66,20 @@ class SimExecutor:
 
     In ``EXCLUSIVE`` and ``MIXED`` one run at a time has the device: ``launch`` refuses a second one.
 
+    **Variation.** Times are then multiplied by factors, which are those of the step, however often it is priced.
+
     Args:
         cost: What steps cost.
         overheads: What starting runs and changing the allocation costs besides; nothing by default.
+        variation: By how much step times vary; not at all by default.
     """
 
-    def __init__(self, cost: CostModel, overheads: Overheads = NO_OVERHEADS) -> None:
+    def __init__(
+        self, cost: CostModel, overheads: Overheads = NO_OVERHEADS, variation: Variation | None = None
+    ) -> None:
         self._cost = cost
+        self._variation = variation
+        self._phase_steps = dict.fromkeys(Phase, 0)  # of all runs that have ended
         self._start_s = {phase: overheads.start_s(phase) for phase in Phase}
         self._switch_s = overheads.switch_ms / 1e3
         self._switched_s = 0.0  # until when the last change of allocation lasts
@@ -114,6 +122,8 @@ class SimExecutor:
         begin_s = max(now_s, self._switched_s) + (0.0 if continues else self._start_s[run.phase])
         if begin_s > now_s:
             flight.steps.begin_s = begin_s
+        if self._variation is not None:
+            flight.vary(self._variation, self._phase_steps[run.phase])
         self._look = self._look or not continues
         self._changed = True
 
@@ -168,20 +178,24 @@ class SimExecutor:
         if prefill is not None:
             if prefill.steps.end_s <= self._now_s:
                 self._prefill = None
-                self._last_prefill = prefill.record(self._cost)
+                self._last_prefill = self._ended(prefill)
                 ended.append(self._last_prefill)
             else:
                 self._priced_to_s = prefill.steps.priced_to_s
         if decode is not None:
             if decode.steps.end_s <= self._now_s:
                 self._decode = None
-                self._last_decode = decode.record(self._cost)
+                self._last_decode = self._ended(decode)
                 ended.append(self._last_decode)
             elif decode.steps.priced_to_s < self._priced_to_s:
                 self._priced_to_s = decode.steps.priced_to_s
         if ended:
             self._changed = True
         return ended
+
+    def _ended(self, flight: PrefillFlight | DecodeFlight) -> StepRecord:
+        self._phase_steps[flight.run.phase] += flight.steps.steps
+        return flight.record(self._cost)
 
     def _settle(self) -> None:
         """Price what is in flight, now that all that happens at this moment is known."""
@@ -209,7 +223,10 @@ class SimExecutor:
 class Flight(ABC, Generic[Other]):
     """A run in flight: when its steps end at the present prices (``steps``), and what they are priced beside."""
 
-    __slots__ = ("_beside", "_extrapolated", "_lookups", "_outside", "_priced", "_start_s", "run", "steps")
+    __slots__ = (
+        *("_before", "_beside", "_extrapolated", "_lookups", "_outside", "_priced", "_start_s", "_variation"),
+        *("run", "steps"),
+    )
 
     def __init__(self, run: Run, now_s: float, steps: int) -> None:
         self.run = run
@@ -220,6 +237,12 @@ class Flight(ABC, Generic[Other]):
         self._beside: Other | None = None
         self._lookups = 0
         self._extrapolated = 0
+        self._variation: Variation | None = None
+        self._before = 0
+
+    def vary(self, variation: Variation, before: int) -> None:
+        """Have times vary; the phase has done so many steps before."""
+        self._variation, self._before = variation, before
 
     @abstractmethod
     def continues(self, last: StepRecord) -> bool:
@@ -244,6 +267,9 @@ class Flight(ABC, Generic[Other]):
         self._beside, first = beside, steps.done
         self._priced = min(steps.steps - first, STRETCH_STEPS)
         seconds, self._outside = self.price(cost, first, self._priced, beside)
+        if self._variation is not None:
+            run, at = self.run, self._before + first
+            seconds = seconds * self._variation.factors(run.phase, run.allocation, beside is not None, at, self._priced)
         if isinstance(seconds, float):
             steps.price_evenly(seconds, self._priced)
         else:

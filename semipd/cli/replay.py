@@ -164,11 +164,8 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
 
     policy = make_policy(config.policy, setup.predictor, setup.slo)
     if name is ExecutorName.SIM:
-        from semipd.sim import SimExecutor
-
-        simulated = SimExecutor(setup.cost, setup.profile.overheads)
         yield (
-            simulated,
+            setup.simulator(),
             Scheduler(setup.scheduler, policy, device_sms=setup.cost.device_sms, layers=setup.cost.layers),
             None,
         )
