@@ -34,8 +34,8 @@ WATCH_EVERY = 256  # records between two calls of a watcher
 class Setup:
     """Everything a replay needs but its policy, read and checked. Can be pickled.
 
-    ``cost`` is what the simulation runs on, ``variation`` by how much its steps vary. ``predictor`` is what policies predict
-    with, in words ``predicted_by``.
+    ``cost`` is what the simulation runs on, ``variation`` by how much its steps vary. ``predictor`` is what policies
+    predict with, in words ``predicted_by``.
     """
 
     trace: Trace
