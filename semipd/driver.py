@@ -31,7 +31,8 @@ def replay(requests: Iterable[Request], scheduler: Scheduler, executor: Executor
             executor.launch(run)
         if upcoming is None and not scheduler.has_unfinished():
             return
-        until = now if plan.yields else upcoming.arrival_s if upcoming is not None else None
+        at_once = plan.yields and not scheduler.drains
+        until = now if at_once else upcoming.arrival_s if upcoming is not None else None
         for record in executor.wait(until):
             scheduler.complete(record)
             yield record

@@ -88,6 +88,8 @@ class Scheduler:
         preemptions: Times that a sequence lost its blocks.
         switches: Times that the allocation in force changed.
         blocks: The KV cache.
+        drains: Whether all in flight was asked to yield for a new allocation: nothing starts until a run has ended or
+            a request has come.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy, *, device_sms: int, layers: int) -> None:
@@ -97,6 +99,7 @@ class Scheduler:
         self.dropped: list[tuple[Request, str]] = []
         self.preemptions = 0
         self.switches = 0
+        self.drains = False
         self._device_sms = device_sms
         self._layers = layers
         self._watermark_blocks = int(config.watermark * config.num_blocks)
@@ -122,7 +125,6 @@ class Scheduler:
         self._decode_changed = False  # since the policy was asked
         self._start_asked = False  # whether it was asked for the next batch
         self._busy = (False, False)  # prefill, decode, when it was asked
-        self._drains = False  # all in flight was asked to yield for a new allocation, and nothing came since
         self._next_order = 0
         self._next_run = 0
 
@@ -145,7 +147,7 @@ class Scheduler:
 
         Raises ValueError when a request of that id is unfinished.
         """
-        self._drains = False
+        self.drains = False
         if request.id in self._live:
             raise ValueError(f"request {request.id} is unfinished; expected each id once")
         sequence = Sequence(request, self._next_order)
@@ -164,7 +166,7 @@ class Scheduler:
             now_s: The executor's time.
             steps_done: Steps that a run in flight has completed by now, by the run's id.
         """
-        if self._drains or Phase.MIXED in self._in_flight:  # which is one step
+        if self.drains or Phase.MIXED in self._in_flight:  # which is one step
             return NOTHING
         decode = self._in_flight.get(Phase.DECODE)
         if decode is None:
@@ -179,7 +181,7 @@ class Scheduler:
         target, batch = self._decide(now_s, batch)
         if target is not self._current and target != self._current:
             if self._in_flight:
-                self._drains = True
+                self.drains = True
                 return self._yield(*self._in_flight.values())
             self.switches += self._current is not None
             self._current = target
@@ -189,7 +191,7 @@ class Scheduler:
 
     def complete(self, record: StepRecord) -> None:
         """Take note of a run that ended. Raises ValueError for one that was not in flight."""
-        self._drains = False
+        self.drains = False
         run, phase = record.run, record.run.phase
         launched = self._in_flight.get(phase)
         if launched is None or launched.id != run.id:
