@@ -47,6 +47,12 @@ class Mode(str, Enum):
     EXCLUSIVE = "exclusive"
 
 
+# Members by names of their own, for the hottest paths: on its class a member is slow to look up before Python 3.12.
+PREFILL, DECODE, FUSED = Phase.PREFILL, Phase.DECODE, Phase.MIXED
+ONE_AT_A_TIME = (Mode.EXCLUSIVE, Mode.MIXED)
+"""Modes in which at most one run is in flight."""
+
+
 class Allocation(NamedTuple):
     """What a policy chooses: a mode, and the SMs each phase may use while both have work.
 
@@ -73,7 +79,7 @@ class Allocation(NamedTuple):
 
     def sms(self, phase: Phase) -> int:
         """SMs of one phase's partition; in ``MIXED`` those of the whole device."""
-        return self.prefill_sms if phase is Phase.PREFILL else self.decode_sms
+        return self.prefill_sms if phase is PREFILL else self.decode_sms
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,7 @@ class Run:
 
         The token that each sequence processes attends to itself.
         """
-        batch = self.decodes if self.phase is Phase.MIXED else len(self.requests)
+        batch = self.decodes if self.phase is FUSED else len(self.requests)
         return DecodeShape(batch, sum(self.context_lens[:batch]) + batch)
 
 

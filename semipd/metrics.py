@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from semipd.core import Allocation, FloatArray, IntArray, Phase, Request, Slo, StepRecord
+from semipd.core import DECODE, Allocation, FloatArray, IntArray, Request, Slo, StepRecord
 from semipd.trace import Trace
 
 Saturation = Literal["stable", "backlogged", "overloaded"]
@@ -85,7 +85,7 @@ class Log:
         self.extrapolated += record.extrapolated
         if steps == 0:
             return
-        if run.phase is Phase.DECODE:
+        if run.phase is DECODE:
             self._append_decode(run.requests, record, end_s)
         elif steps == run.max_steps:
             if run.decodes:

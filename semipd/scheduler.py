@@ -12,7 +12,20 @@ from dataclasses import dataclass
 from itertools import chain
 
 from semipd.batch import PrefillBatch, Sequence, next_batch
-from semipd.core import Allocation, DecodeShape, Load, Mode, Phase, Request, Run, StepRecord
+from semipd.core import (
+    DECODE,
+    FUSED,
+    ONE_AT_A_TIME,
+    PREFILL,
+    Allocation,
+    DecodeShape,
+    Load,
+    Mode,
+    Phase,
+    Request,
+    Run,
+    StepRecord,
+)
 from semipd.kv_cache import BlockManager
 from semipd.policies import Policy
 
@@ -166,9 +179,9 @@ class Scheduler:
             now_s: The executor's time.
             steps_done: Steps that a run in flight has completed by now, by the run's id.
         """
-        if self.drains or Phase.MIXED in self._in_flight:  # which is one step
+        if self.drains or FUSED in self._in_flight:  # which is one step
             return NOTHING
-        decode = self._in_flight.get(Phase.DECODE)
+        decode = self._in_flight.get(DECODE)
         if decode is None:
             self._make_room()
         elif self._joining and decode.id not in self._yielding:
@@ -198,10 +211,10 @@ class Scheduler:
             raise ValueError(f"{phase.value} run {run.id} is not in flight")
         del self._in_flight[phase]
         self._yielding.discard(run.id)
-        if phase is Phase.DECODE or run.decodes:
+        if phase is DECODE or run.decodes:
             self._complete_decode(record)
-        if phase is not Phase.DECODE and self._batch is not None:
-            self._batch.layers -= record.steps if phase is Phase.PREFILL else self._layers
+        if phase is not DECODE and self._batch is not None:
+            self._batch.layers -= record.steps if phase is PREFILL else self._layers
             if not self._batch.layers:
                 self._complete_batch(self._batch, record)
         for request_id in record.finished:
@@ -296,10 +309,11 @@ class Scheduler:
         """Most prompt tokens that the policy's last answer lets into a batch now."""
         at, most = self._target, self.config.max_num_batched_tokens
         decoding = len(self._decoding) + len(self._joining)
-        if at is not None and at.mode is Mode.MIXED:
+        if at is None or at.mode not in ONE_AT_A_TIME:
+            return most
+        if at.mode is Mode.MIXED:
             return min(at.chunk_tokens, most) - decoding
-        waits = decoding and at is not None and at.mode is Mode.EXCLUSIVE and at.first is Phase.DECODE
-        return 0 if waits else most
+        return 0 if decoding and at.first is DECODE else most
 
     def _decide(self, now_s: float, batch: PrefillBatch | None) -> tuple[Allocation, PrefillBatch | None]:
         """The policy's answer, asked for when a batch is about to start or who is busy or decoding has changed.
@@ -358,12 +372,12 @@ class Scheduler:
 
     def _launch(self, at: Allocation, batch: PrefillBatch | None) -> Plan:
         """Start what the allocation allows and is not in flight, decode first."""
-        decode, alone = self._in_flight.get(Phase.DECODE), at.mode in (Mode.EXCLUSIVE, Mode.MIXED)
-        if alone and at.first is Phase.DECODE and self._decoding:
+        decode, alone = self._in_flight.get(DECODE), at.mode in ONE_AT_A_TIME
+        if alone and at.first is DECODE and self._decoding:
             batch = None  # it was stopped in another mode, and waits
         if alone and batch is not None and decode is not None:
             return self._yield(decode)
-        starts_prefill = batch is not None and Phase.PREFILL not in self._in_flight
+        starts_prefill = batch is not None and PREFILL not in self._in_flight
         if batch is not None and starts_prefill and batch is not self._batch:
             if decode is not None and decode.id not in self._yielding and not self._fits(decode, batch):
                 return self._yield(decode)  # goes on from its next boundary with the steps that fit beside the batch
@@ -399,7 +413,7 @@ class Scheduler:
             max_steps = min(max_steps, self.config.decode_steps)
         requests = tuple([sequence.request for sequence in self._decoding])
         ones = (1,) * len(requests)
-        return Run(self._run_id(), Phase.DECODE, requests, ones, self._context_lens(), at.decode_sms, max_steps, at)
+        return Run(self._run_id(), DECODE, requests, ones, self._context_lens(), at.decode_sms, max_steps, at)
 
     def _start(self, *runs: Run) -> Plan:
         for run in runs:

@@ -14,6 +14,8 @@ import simpy
 
 from semipd._steps import Boundaries
 from semipd.core import (
+    DECODE,
+    FUSED,
     NO_OVERHEADS,
     Allocation,
     DecodeShape,
@@ -109,11 +111,11 @@ class SimExecutor:
         check_launch(run, [flight.run for flight in self._flights()])
         now_s, allocation = self._now_s, run.allocation
         flight: PrefillFlight | DecodeFlight
-        if run.phase is Phase.DECODE:
+        if run.phase is DECODE:
             flight, last = DecodeFlight(run, now_s), self._last_decode
             self._decode = flight
         else:
-            flight = (MixedFlight if run.phase is Phase.MIXED else PrefillFlight)(run, now_s)
+            flight = (MixedFlight if run.phase is FUSED else PrefillFlight)(run, now_s)
             self._prefill, last = flight, self._last_prefill
         continues = last is not None and flight.continues(last)
         if self._allocation is not None and allocation is not self._allocation and allocation != self._allocation:

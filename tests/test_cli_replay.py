@@ -92,7 +92,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
 
 def interrupted(words: list[str], after: Path | None = None, wait_s: float = 1.0) -> tuple[int, str]:
     """Exit code and stderr of a command that gets Ctrl-C so long after its start, or after a file is there."""
-    command = [sys.executable, "-m", "semipd", *words]
+    # The handler by hand, since a child of a shell's background job would ignore Ctrl-C.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from semipd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *words]
     with subprocess.Popen(command, env=elsewhere(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         while after is not None and not after.exists() and process.poll() is None:
