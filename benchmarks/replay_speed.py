@@ -13,13 +13,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from semipd.core import StepRecord
     from semipd.trace import Trace
 
-COLUMNS = ("requests", "runs", "steps", "wall_s", "cpu_s", "loop_s", "requests_per_s", "peak_mb")
+HERE = str(Path(__file__).resolve().parents[1])
+COLUMNS = ("requests", "runs", "steps", "tokens", "wall_s", "cpu_s", "loop_s", "requests_per_s", "peak_mb")
 
 
 def main() -> None:
@@ -29,27 +31,38 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", help="replicate the trace to so many [default: as it is]")
     parser.add_argument("--rate-scale", type=float, default=1.0, help="multiply the arrival rate [default: 1]")
     parser.add_argument("--policy", default="static-64", help="[default: static-64]")
+    parser.add_argument("--profile", default=None, help="profile [default: that of semipd compare]")
+    parser.add_argument("--single-steps", action="store_true", help="one decode step a run: the plain per-token loop")
+    parser.add_argument("--against", metavar="DIR", help="in turns with another checkout, for a ratio of CPU times")
     parser.add_argument("--repeat", type=int, default=1, help="times that each is run [default: 1]")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        requests = args.requests[0] if args.requests else None
-        print(json.dumps(replayed(args.trace, requests, args.rate_scale, args.policy)))
+        print(json.dumps(replayed(args)))
         return
-    print(*(f"{name:>14}" for name in COLUMNS))
+    print(*(f"{name:>14}" for name in COLUMNS), "  checkout")
     for requests in args.requests or [None]:
+        cpu_s: dict[str, float] = {}
         for _ in range(args.repeat):
-            row = measured(args, requests)
-            print(*(f"{row[name]:14,.{2 * isinstance(row[name], float)}f}" for name in COLUMNS), flush=True)
+            for checkout in (HERE, args.against) if args.against else (HERE,):
+                row = measured(args, requests, checkout)
+                cpu_s[checkout] = min(cpu_s.get(checkout, float("inf")), row["cpu_s"])
+                columns = (f"{row[name]:14,.{2 * isinstance(row[name], float)}f}" for name in COLUMNS)
+                print(*columns, f"  {checkout}", flush=True)
+        if args.against:
+            print(f"CPU time of {args.against} / that of {HERE}: {cpu_s[args.against] / cpu_s[HERE]:.2f}")
 
 
-def measured(args: argparse.Namespace, requests: int | None) -> dict[str, Any]:
-    """One replay in a process of its own."""
+def measured(args: argparse.Namespace, requests: int | None, checkout: str) -> dict[str, Any]:
+    """One replay in a process of its own, by the code in a checkout."""
     command = [sys.executable, __file__, "--child", "--trace", args.trace, "--policy", args.policy]
     command += ["--rate-scale", str(args.rate_scale)]
     command += ["--requests", str(requests)] if requests is not None else []
+    command += ["--profile", args.profile] if args.profile else []
+    command += ["--single-steps"] if args.single_steps else []
     start_s = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONPATH": checkout}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
@@ -61,10 +74,10 @@ def measured(args: argparse.Namespace, requests: int | None) -> dict[str, Any]:
     return {**json.loads(said), "wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": usage.ru_maxrss // 1024}
 
 
-def replayed(path: str, requests: int | None, rate_scale: float, policy: str) -> dict[str, float]:
+def replayed(args: argparse.Namespace) -> dict[str, float]:
     """Replay a trace in this process; ``loop_s`` is without imports and reading, and with the summary."""
     from semipd.compare import prepare, simulate
-    from semipd.config import CompareConfig, TraceConfig
+    from semipd.config import CompareConfig, SchedulerOptions, TraceConfig
 
     runs = steps = 0
 
@@ -73,17 +86,23 @@ def replayed(path: str, requests: int | None, rate_scale: float, policy: str) ->
         runs += 1
         steps += len(record.ends_s)
 
-    setup = prepare(CompareConfig(trace=TraceConfig(path=path, rate_scale=rate_scale)))
-    if requests is not None:
-        setup = replace(setup, trace=replicated(setup.trace, requests))
-    summary = simulate(setup, policy, each=count).summary
+    options: dict[str, Any] = {"profile": args.profile} if args.profile else {}
+    scheduler = SchedulerOptions(decode_steps=1 if args.single_steps else None)
+    trace = TraceConfig(path=args.trace, rate_scale=args.rate_scale)
+    setup = prepare(CompareConfig(trace=trace, scheduler=scheduler, **options))
+    if args.requests:
+        setup = replace(setup, trace=resized(setup.trace, args.requests[0]))
+    summary = simulate(setup, args.policy, each=count).summary
     loop_s = summary.wall_s or 0.0
     n = summary.requests
-    return {"requests": n, "runs": runs, "steps": steps, "loop_s": loop_s, "requests_per_s": n / loop_s}
+    tokens = int(setup.trace.output_len.sum())
+    return {
+        "requests": n, "runs": runs, "steps": steps, "tokens": tokens, "loop_s": loop_s, "requests_per_s": n / loop_s,
+    }  # fmt: skip
 
 
-def replicated(trace: Trace, requests: int) -> Trace:
-    """So many requests: the trace again and again, one mean gap after its last arrival."""
+def resized(trace: Trace, requests: int) -> Trace:
+    """So many requests: the first of the trace, or the trace again and again, one mean gap after its last arrival."""
     import numpy as np
 
     copy, row = np.divmod(np.arange(requests), len(trace))
@@ -94,8 +113,10 @@ def replicated(trace: Trace, requests: int) -> Trace:
         prompt_len=trace.prompt_len[row],
         output_len=trace.output_len[row],
         rows_read=requests,
+        added=0,
         dropped={},
         prefixes=None,
+        sessions=None,
     )
 
 

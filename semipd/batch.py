@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from semipd.core import Allocation, Phase, PrefillShape, Request, Run
+from semipd.core import FUSED, PREFILL, Allocation, PrefillShape, Request, Run
 from semipd.kv_cache import BlockManager
 
 
@@ -49,7 +49,7 @@ class PrefillBatch:
     def run(self, run_id: int, at: Allocation) -> Run:
         """The layers that are left, as a run of their own."""
         return Run(
-            run_id, Phase.PREFILL, self.requests, self.new_tokens, self.context_lens, at.prefill_sms, self.layers, at,
+            run_id, PREFILL, self.requests, self.new_tokens, self.context_lens, at.prefill_sms, self.layers, at,
             self.emits,
         )  # fmt: skip
 
@@ -57,7 +57,7 @@ class PrefillBatch:
         """All layers in one step, together with a token for each decoding sequence of so many cached ones."""
         n = len(decoding)
         return Run(
-            run_id, Phase.MIXED, decoding + self.requests, (1,) * n + self.new_tokens, cached + self.context_lens,
+            run_id, FUSED, decoding + self.requests, (1,) * n + self.new_tokens, cached + self.context_lens,
             at.decode_sms, 1, at, (True,) * n + self.emits, n,
         )  # fmt: skip
 

@@ -23,6 +23,7 @@ from semipd.profile import Profile, load_profile
 from semipd.scheduler import Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor
 from semipd.trace import Arrivals, Reshape, Trace, read_trace, reshape, shipped
+from semipd.variation import Variation
 
 CAPACITY = 0.9
 """A policy copes with a load when at least this share of the requests meets both targets."""
@@ -37,7 +38,8 @@ WATCH_EVERY = 256  # records between two calls of a watcher
 class Setup:
     """Everything a replay needs but its policy, read and checked. Can be pickled.
 
-    ``cost`` is what the simulation runs on, ``predictor`` what policies predict with, in words ``predicted_by``.
+    ``cost`` is what the simulation runs on, ``variation`` by how much its steps vary. ``predictor`` is what policies
+    predict with, in words ``predicted_by``.
     """
 
     trace: Trace
@@ -49,6 +51,12 @@ class Setup:
     predicted_by: str
     slo: Slo
     scheduler: SchedulerConfig
+    variation: Variation | None = None
+
+    def simulator(self) -> SimExecutor:
+        """A new simulation, which refuses look-ups outside the tables when it is to be strict."""
+        outside = self.cost.outside if self.strict else None
+        return SimExecutor(self.cost, self.profile.overheads, self.variation, outside)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ def prepare(config: Workload) -> Setup:
         ),
         slo=config.targets,
         scheduler=scheduler_config(config.scheduler, profile, trace),
+        variation=None if config.variation_seed is None else Variation(profile, config.variation_seed),
     )
 
 
@@ -149,12 +158,7 @@ def simulate(
         device_sms=setup.cost.device_sms,
         layers=setup.cost.layers,
     )
-    return run(setup, policy, scheduler, sim_executor(setup), watch=watch, each=each)
-
-
-def sim_executor(setup: Setup) -> SimExecutor:
-    """A simulation on the setup's tables, which refuses look-ups outside of them when it is strict."""
-    return SimExecutor(setup.cost, setup.profile.overheads, setup.cost.outside if setup.strict else None)
+    return run(setup, policy, scheduler, setup.simulator(), watch=watch, each=each)
 
 
 def run(
@@ -234,6 +238,7 @@ class Comparison:
     operations: tuple[str, ...]
     rate_rps: float | None
     predicted_by: str
+    variation_seed: int | None
     profile: Profile
     runs: tuple[Summary, ...]
     best_static: str | None
@@ -249,6 +254,7 @@ class Comparison:
             "operations": list(self.operations),
             "rate_rps": self.rate_rps,
             "predictor": self.predicted_by,
+            "variation_seed": self.variation_seed,
             "profile": self.profile.name,
             "runs": [run.to_json() for run in self.runs],
             "best_static": self.best_static,
@@ -272,22 +278,27 @@ def policy_names(asked: Sequence[str], setup: Setup) -> tuple[str, ...]:
 
 
 def run_all(setup: Setup, policies: Sequence[str], jobs: int) -> Iterator[Summary]:
-    """Replay under each policy, ``jobs`` at a time in processes of their own; summaries as they come."""
+    """Replay under each policy, ``jobs`` at a time in processes of their own; summaries as they come.
+
+    Raises KeyboardInterrupt instead of a summary of what Ctrl-C cut short.
+    """
     if jobs == 1:
-        for name in policies:
-            outcome = simulate(setup, name)
-            if not outcome.complete:
-                raise KeyboardInterrupt
-            yield outcome.summary
-        return
-    from joblib import Parallel, delayed  # here, since one replay does without
+        replays: Iterable[tuple[Summary, bool]] = (_summary(setup, name) for name in policies)
+    else:
+        from joblib import Parallel, delayed  # here, since one replay does without
 
-    work = (delayed(_summary)(setup, name) for name in policies)
-    yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(work)
+        work = (delayed(_summary)(setup, name) for name in policies)
+        replays = Parallel(n_jobs=jobs, return_as="generator_unordered")(work)
+    for summary, complete in replays:
+        if not complete:  # Ctrl-C may have reached a worker first
+            raise KeyboardInterrupt
+        yield summary
 
 
-def _summary(setup: Setup, policy: str) -> Summary:
-    return simulate(setup, policy).summary
+def _summary(setup: Setup, policy: str) -> tuple[Summary, bool]:
+    """Without the table of requests, which need not be sent from a worker."""
+    outcome = simulate(setup, policy)
+    return outcome.summary, outcome.complete
 
 
 def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
@@ -304,6 +315,7 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
         operations=setup.trace.operations,
         rate_rps=rate_rps(setup.trace),
         predicted_by=setup.predicted_by,
+        variation_seed=None if setup.variation is None else setup.variation.seed,
         profile=setup.profile,
         runs=ordered,
         best_static=static.policy if static else None,

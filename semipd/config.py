@@ -113,6 +113,8 @@ class Workload(Strict):
     ``predictor_error``: by how much the times that policies predict with are off (``semipd.cost.Misjudged``), drawn
     with ``predictor_seed``; at 0 they predict with what the simulation runs on. ``strict``: refuse a simulation that
     looks a step time up outside the measured grid, instead of clamping it to the edge and counting it.
+    ``variation_seed``: step times vary as measured (``semipd.variation``), drawn with this seed; null for the measured
+    medians.
     """
 
     trace: TraceConfig = TraceConfig()
@@ -122,6 +124,7 @@ class Workload(Strict):
     predictor_error: Annotated[float, Field(ge=0, le=2)] = 0.0
     predictor_seed: Annotated[int, Field(ge=0)] = 0
     strict: bool = False
+    variation_seed: Annotated[int, Field(ge=0)] | None = None
 
     @field_validator("slo")
     @classmethod

@@ -3,6 +3,9 @@
 Units are in the names: seconds (``_s``), tokens and SMs everywhere. A *run* is a stretch of work of one phase
 on one partition; it is made of *steps* (for prefill one layer, for decode one token of every sequence in the
 batch) and can be interrupted at a step boundary.
+
+Nothing here is changed once it is made. What a replay makes by the million is a named tuple where it is compared and
+hashed, and otherwise not ``frozen``, since that makes it several times as slow to make.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +47,13 @@ class Mode(str, Enum):
     EXCLUSIVE = "exclusive"
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
+# Members by names of their own, for the hottest paths: on its class a member is slow to look up before Python 3.12.
+PREFILL, DECODE, FUSED = Phase.PREFILL, Phase.DECODE, Phase.MIXED
+ONE_AT_A_TIME = (Mode.EXCLUSIVE, Mode.MIXED)
+"""Modes in which at most one run is in flight."""
+
+
+class Allocation(NamedTuple):
     """What a policy chooses: a mode, and the SMs each phase may use while both have work.
 
     In ``EXCLUSIVE`` one phase at a time has the whole device, ``first`` while it has work; in ``PRIORITY`` and
@@ -71,7 +79,7 @@ class Allocation:
 
     def sms(self, phase: Phase) -> int:
         """SMs of one phase's partition; in ``MIXED`` those of the whole device."""
-        return self.prefill_sms if phase is Phase.PREFILL else self.decode_sms
+        return self.prefill_sms if phase is PREFILL else self.decode_sms
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +98,7 @@ class Request:
     prefix_block_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillShape:
+class PrefillShape(NamedTuple):
     """A prefill batch as the cost model sees it.
 
     ``tokens``: new tokens of the batch. ``pairs``: query-key pairs they attend to, sum of q * (c + q / 2) over
@@ -113,15 +120,14 @@ class PrefillShape:
         return PrefillShape(sum(new_tokens), pairs)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeShape:
+class DecodeShape(NamedTuple):
     """A decode batch: ``batch`` sequences that read ``kv_tokens`` cached tokens in all."""
 
     batch: int
     kv_tokens: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Run:
     """Work to launch: a phase, its requests and the partition it runs on.
 
@@ -158,11 +164,11 @@ class Run:
 
         The token that each sequence processes attends to itself.
         """
-        batch = self.decodes if self.phase is Phase.MIXED else len(self.requests)
+        batch = self.decodes if self.phase is FUSED else len(self.requests)
         return DecodeShape(batch, sum(self.context_lens[:batch]) + batch)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class StepRecord:
     """What a run did: it started at ``start_s`` and completed a step at each of ``ends_s``.
 
@@ -185,7 +191,7 @@ class StepRecord:
     @property
     def end_s(self) -> float:
         """End of the last step; the start when the run was stopped before its first boundary."""
-        return float(self.ends_s[-1]) if len(self.ends_s) else self.start_s
+        return self.ends_s.item(-1) if len(self.ends_s) else self.start_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +222,7 @@ class Overheads:
 NO_OVERHEADS = Overheads()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Load:
     """All that a policy may know when it decides. Output lengths are not in it (law 7).
 

@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from semipd._steps import Axis, Curve, Grid
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Mode, PrefillShape
-from semipd.grid import Axis, Grid, VectorGrid, axis_values
+from semipd.grid import axis, axis_values
 from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
 
 
@@ -180,11 +181,15 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class DecodeCurves:
-    """Decode on one partition, alone: at each batch, seconds of a layer at the knots ``kv_tokens``."""
+    """Decode on one partition, alone: at each batch, seconds of a layer at the knots ``kv_tokens``.
+
+    ``rows``: these seconds, of each measured batch; ``at_batch``: of any.
+    """
 
     kv: Axis
     kv_tokens: FloatArray
-    at_batch: VectorGrid
+    rows: FloatArray
+    at_batch: Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,26 +201,12 @@ class Contention:
     ``solo``: the solo curves at these knots.
     """
 
-    prefill: Grid[float]
-    decode: VectorGrid
-    solo: VectorGrid
+    prefill: Grid
+    decode: Grid
+    solo: Grid
     kv_tokens: FloatArray
     low: float
     high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Decode step time of one batch in one situation: piecewise linear between the knots.
-
-    Outside ``low`` to ``high`` KV tokens is outside the grid; ``outside``: everywhere is.
-    """
-
-    kv_tokens: FloatArray
-    seconds: FloatArray
-    low: float
-    high: float
-    outside: bool
 
 
 class TableCost:
@@ -342,23 +333,17 @@ class TableCost:
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one layer, alone or beside a decode batch; see ``CostModel.prefill_s``."""
         place = shape.tokens, shape.mean_context
-        seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").at(*place)
+        seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").number(*place)
         if beside is None:
             return seconds, outside
-        slowdown, also = self._sharing(at).prefill.at(*place, beside.batch, beside.kv_tokens)
+        slowdown, also = self._sharing(at).prefill.number(*place, beside.batch, beside.kv_tokens)
         return seconds * slowdown, outside or also
 
     def decode_s(
         self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
     ) -> tuple[FloatArray, int]:
         """Seconds of each decode step, alone or beside a prefill batch; see ``CostModel.decode_s``."""
-        curve = self._curve(batch, at, beside)
-        seconds = np.interp(kv_tokens, curve.kv_tokens, curve.seconds)
-        if curve.outside:
-            return seconds, len(kv_tokens)
-        above = int(np.count_nonzero(kv_tokens > curve.high))
-        below = int(np.count_nonzero(kv_tokens < curve.low)) if curve.low > 0 else 0
-        return seconds, above + below
+        return self._curve(batch, at, beside).at(kv_tokens)
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one fused step; see ``CostModel.mixed_s``."""
@@ -366,9 +351,9 @@ class TableCost:
             raise KeyError(f"fused batches were not measured: {self.refused[Mode.MIXED]}")
         place = chunk.tokens, chunk.mean_context
         if decode is None:
-            layer_s, outside = self._prefill[self.device_sms].at(*place)
+            layer_s, outside = self._prefill[self.device_sms].number(*place)
         else:
-            layer_s, outside = self._fused.at(*place, decode.batch, decode.kv_tokens)
+            layer_s, outside = self._fused.number(*place, decode.batch, decode.kv_tokens)
         return layer_s * self.layers, outside
 
     def outside(
@@ -379,11 +364,11 @@ class TableCost:
         ``own``: the batch that is priced, beside the other phase's; of a fused step its prompts, beside what decodes.
         """
         for table, measured, sought in self._consulted(own, at, beside):
-            for name, axis in measured.items():
-                if not axis.low <= sought[name] <= axis.high:
-                    least = f"{axis.low:,.10g} to" if axis.low > 0 else "at most"
+            for name, along in measured.items():
+                if not along.low <= sought[name] <= along.high:
+                    least = f"{along.low:,.10g} to" if along.low > 0 else "at most"
                     return (
-                        f"{name}: found {sought[name]:,.10g} at {at.name}; expected {least} {axis.high:,.10g}, "
+                        f"{name}: found {sought[name]:,.10g} at {at.name}; expected {least} {along.high:,.10g}, "
                         f"as measured in {table}"
                     )
         return None
@@ -408,17 +393,17 @@ class TableCost:
     def _decode_curve(self, batch: int, at: Allocation, beside: PrefillShape | None) -> Curve:
         solo = _partition(self._decode, at.decode_sms, "decode")
         if beside is None:
-            layer_s, outside = solo.at_batch.at(batch)
+            layer_s, outside = solo.at_batch.vector(batch)
             return Curve(solo.kv_tokens, layer_s * self.layers, solo.kv.low, solo.kv.high, outside)
         shared = self._sharing(at)
         layer_s, outside = self._alone(batch, at)
-        slowdown, also = shared.decode.at(beside.tokens, beside.mean_context, batch)
+        slowdown, also = shared.decode.vector(beside.tokens, beside.mean_context, batch)
         seconds = layer_s * slowdown * self.layers
         return Curve(shared.kv_tokens, seconds, shared.low, shared.high, outside or also)
 
     def _decode_alone(self, batch: int, at: Allocation) -> tuple[FloatArray, bool]:
         """Seconds of a layer alone, at the knots at which it is known beside prefill; whether that is outside."""
-        return self._sharing(at).solo.at(batch)
+        return self._sharing(at).solo.vector(batch)
 
     def _sharing(self, at: Allocation) -> Contention:
         found = self._contention.get(at)
@@ -455,22 +440,22 @@ def _fastest(points: Iterable[P], place: Callable[[P], K], time_ms: Callable[[P]
     return {key: min(same, key=time_ms) for key, same in _grouped(points, place).items()}
 
 
-def _prefill_grid(points: Iterable[PrefillPoint], where: str) -> Grid[float]:
+def _prefill_grid(points: Iterable[PrefillPoint], where: str) -> Grid:
     """Seconds of a layer alone over (tokens, mean_context)."""
     best = _fastest(points, lambda p: (p.tokens, p.mean_context), lambda p: p.median_ms)
     names = ("tokens", "mean_context")
     values = axis_values(best, names, where)
-    axes = [Axis(name, v) for name, v in zip(names, values, strict=True)]
-    return Grid(axes, [best[t, m].median_ms / 1e3 for t, m in itertools.product(*values)])
+    axes = [axis(name, v) for name, v in zip(names, values, strict=True)]
+    return Grid(axes, np.array([best[t, m].median_ms / 1e3 for t, m in itertools.product(*values)]))
 
 
 def _decode_curves(points: Iterable[DecodePoint], where: str) -> DecodeCurves:
     """Seconds of a layer alone over (batch, kv_tokens)."""
     best = _fastest(points, lambda p: (p.batch, p.kv_tokens), lambda p: p.median_ms)
     batches, kv = axis_values(best, ("batch", "kv_tokens"), where)
-    rows = [np.array([best[b, k].median_ms / 1e3 for k in kv]) for b in batches]
+    rows = np.array([[best[b, k].median_ms / 1e3 for k in kv] for b in batches])
     return DecodeCurves(
-        Axis("kv_tokens", kv), np.array(kv, dtype=np.float64), VectorGrid([Axis("batch", batches)], rows)
+        axis("kv_tokens", kv), np.array(kv, dtype=np.float64), rows, Grid([axis("batch", batches)], rows)
     )
 
 
@@ -478,45 +463,43 @@ _SHARED = ("tokens", "mean_context", "batch", "kv_tokens")
 """The axes of what both phases together take."""
 
 
-def _contention(points: Iterable[HybridPoint], prefill: Grid[float], decode: DecodeCurves, where: str) -> Contention:
+def _contention(points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurves, where: str) -> Contention:
     """Slowdowns at one split: measured time over the solo time there, which may lie between solo points.
 
     Where several prefill backends were measured, the row of the fastest counts for both phases.
     """
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
     values = axis_values(best, _SHARED, where)
-    axes = [Axis(name, v, log=True) for name, v in zip(_SHARED, values, strict=True)]
+    axes = [axis(name, v, log=True) for name, v in zip(_SHARED, values, strict=True)]
     if values[0][-1] >= FILLS_TOKENS:
-        axes[0] = Axis("tokens", values[0], log=True, high=prefill.axes[0].high)
+        axes[0] = axis("tokens", values[0], log=True, high=prefill.axes[0].high)
     tokens, contexts, batches, kv = values
     knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
 
     prefill_slowdown = [
-        best[t, m, b, k].prefill_median_ms / 1e3 / prefill.at(t, m)[0]
+        best[t, m, b, k].prefill_median_ms / 1e3 / prefill.number(t, m)[0]
         for t, m, b, k in itertools.product(tokens, contexts, batches, kv)
     ]
     decode_slowdown = []
     for t, m, b in itertools.product(tokens, contexts, batches):
         measured = np.array([best[t, m, b, k].decode_median_ms / 1e3 for k in kv])
-        slowdown = measured / np.interp(kv, decode.kv_tokens, decode.at_batch.at(b)[0])
+        slowdown = measured / np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0])
         decode_slowdown.append(np.interp(np.log2(knots), np.log2(kv), slowdown))
     return Contention(
-        prefill=Grid(axes, prefill_slowdown),
-        decode=VectorGrid(axes[:3], decode_slowdown),
-        solo=VectorGrid(
-            decode.at_batch.axes, [np.interp(knots, decode.kv_tokens, row) for row in decode.at_batch.values]
-        ),
+        prefill=Grid(axes, np.array(prefill_slowdown)),
+        decode=Grid(axes[:3], np.array(decode_slowdown)),
+        solo=Grid(decode.at_batch.axes, np.array([np.interp(knots, decode.kv_tokens, row) for row in decode.rows])),
         kv_tokens=knots,
         low=max(decode.kv.low, axes[3].low),
         high=min(decode.kv.high, axes[3].high),
     )
 
 
-def _fused(points: Iterable[MixedPoint], where: str) -> Grid[float]:
+def _fused(points: Iterable[MixedPoint], where: str) -> Grid:
     """Seconds of a fused step, divided by the layers."""
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.median_ms)
     if not best:
         raise InputError(f"{where}: no measured point; expected some to choose fused batches")
     values = axis_values(best, _SHARED, where)
     seconds = [best[t, m, b, k].median_ms / 1e3 for t, m, b, k in itertools.product(*values)]
-    return Grid([Axis(name, v) for name, v in zip(_SHARED, values, strict=True)], seconds)
+    return Grid([axis(name, v) for name, v in zip(_SHARED, values, strict=True)], np.array(seconds))

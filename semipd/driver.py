@@ -35,7 +35,8 @@ def replay(requests: Iterable[Request] | Client, scheduler: Scheduler, executor:
             dropped += 1
         if client.upcoming is None and not scheduler.has_unfinished():
             return
-        until = now if plan.yields else client.upcoming.arrival_s if client.upcoming is not None else None
+        at_once = plan.yields and not scheduler.drains
+        until = now if at_once else client.upcoming.arrival_s if client.upcoming is not None else None
         for record in executor.wait(until):
             scheduler.complete(record)
             for request_id in record.finished:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from semipd.core import Mode, Phase, Run, StepRecord
+from semipd.core import FUSED, ONE_AT_A_TIME, Mode, Run, StepRecord
 
 
 class Executor(Protocol):
@@ -59,9 +59,9 @@ def check_launch(run: Run, in_flight: Iterable[Run]) -> None:
                 f"{run.phase.value} run {run.id} at {run.allocation.name}: run {other.id} is in flight at "
                 f"{other.allocation.name}; expected the same allocation"
             )
-        if run.allocation.mode in (Mode.EXCLUSIVE, Mode.MIXED):
+        if run.allocation.mode in ONE_AT_A_TIME:
             raise ValueError(f"{run.phase.value} run {run.id}: run {other.id} has the whole device")
-    if run.phase is Phase.MIXED and (
+    if run.phase is FUSED and (
         run.max_steps != 1 or run.decodes >= len(run.requests) or run.allocation.mode is not Mode.MIXED
     ):
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from semipd.core import Allocation, FloatArray, IntArray, Phase, Request, Slo, StepRecord
+from semipd.core import DECODE, Allocation, FloatArray, IntArray, Request, Slo, StepRecord
 from semipd.diagnosis import Bound, DecodeTime
 from semipd.trace import Trace
 
@@ -27,7 +27,10 @@ CHUNK_STEPS = 2**20
 """Decode steps whose gaps are looked at together: a long replay needs little memory beside the gaps themselves."""
 
 EXACT_STEPS = 2**24
-"""The gaps of so many decode steps are kept to the last bit; those of later ones to 24 bits, in half the memory."""
+"""The gaps of so many decode steps are kept to the last bit; those of later ones are counted by their first bits."""
+
+ROUNDED_BITS = 18
+"""So many bits after the first: a gap that is counted is off by up to 2 ** -19 of itself."""
 
 BINS = 2**16
 PERCENTILES = (50, 90, 95, 99)
@@ -39,11 +42,11 @@ _ids = attrgetter("id")
 
 
 class Log:
-    """What runs did, in columns that grow with runs and steps: nothing is kept for each token, and no object.
+    """What runs did, in columns that grow with runs: nothing is kept for each token, and no object.
 
     Records must come in the order in which runs ended, as ``driver.replay`` yields them. Sequences that decode together
     get their tokens together, so their gaps are those between steps, as often as there are sequences; only the
-    tokens at which a sequence joins the batch have a gap of their own.
+    tokens at which a sequence joins the batch have a gap of their own. Of steps, the first ``exact_steps`` are kept.
     """
 
     def __init__(self, chunk_steps: int = CHUNK_STEPS, exact_steps: int = EXACT_STEPS) -> None:
@@ -56,7 +59,9 @@ class Log:
         self._run_allocation, self._run_start_s, self._run_end_s = array("l"), array("d"), array("d")
         self._chunk_steps, self._exact_steps = chunk_steps, exact_steps
         self._chunks: list[tuple[int, FloatArray]] = []  # how many decode runs, and the gaps of their steps
-        self._chunk_start_s = 0.0  # end of the last decode step in _chunks
+        self._rounded: dict[int, FloatArray] = {}  # counts of later gaps by their exponent and first bits
+        self._closed_runs = 0  # decode runs in either
+        self._chunk_start_s = 0.0  # end of their last decode step
         self._step_end_s = array("d")  # of the decode runs that follow
         self._decode_steps, self._decode_batch, self._decode_stayed = array("q"), array("q"), array("q")
         self._own_gap_s = array("d")
@@ -70,7 +75,7 @@ class Log:
 
     def append(self, record: StepRecord) -> None:
         """Take note of a run that ended."""
-        run, steps, end_s = record.run, record.steps, record.end_s
+        run, steps, end_s, finished = record.run, len(record.ends_s), record.end_s, record.finished
         number = self._allocations.get(run.allocation)
         if number is None:
             number = self._names.setdefault(run.allocation.name, len(self._names))
@@ -82,56 +87,68 @@ class Log:
         self.extrapolated += record.extrapolated
         if steps == 0:
             return
-        if run.phase is Phase.DECODE:
+        if run.phase is DECODE:
             at, busy_s, request_s = self._decode_s.get(number, (run.allocation, 0.0, 0.0))
             took_s = end_s - record.start_s
             self._decode_s[number] = at, busy_s + took_s, request_s + took_s * len(run.requests)
-            self._append_decode(run.requests, record)
+            self._append_decode(run.requests, record, end_s)
         elif steps == run.max_steps:
             if run.decodes:
-                self._append_decode(run.requests[: run.decodes], record)
-            self._append_prefill(record)
-        for request_id in record.finished:
+                self._append_decode(run.requests[: run.decodes], record, end_s)
+            self._append_prefill(record, end_s)
+        for request_id in finished:
             self._finish_id.append(request_id)
             self._finish_s.append(end_s)
 
-    def _append_decode(self, requests: tuple[Request, ...], record: StepRecord) -> None:
+    def _append_decode(self, requests: tuple[Request, ...], record: StepRecord, end_s: float) -> None:
         """Every step gives each of these sequences a token."""
-        steps, joined = record.steps, 0
+        ends_s, n, joined = record.ends_s, len(requests), 0
         if requests != self._requests:
             batch = set(map(_ids, requests))
             if left := self._batch - batch:
                 self._token_s.update(dict.fromkeys(left, self._batch_s))
             if new := batch - self._batch:
                 joined = len(new)
-                first_s = record.ends_s.item(0)
+                first_s = ends_s.item(0)
                 for request_id in new:
                     self._token(request_id, first_s)
             self._requests, self._batch = requests, batch
-        self._step_end_s.frombytes(record.ends_s.tobytes())
+        steps = len(ends_s)
+        self._step_end_s.frombytes(ends_s.tobytes())
         self._decode_steps.append(steps)
-        self._decode_batch.append(len(requests))
-        self._decode_stayed.append(len(requests) - joined)
-        self._batch_s = record.end_s
-        self.tokens += steps * len(requests)
+        self._decode_batch.append(n)
+        self._decode_stayed.append(n - joined)
+        self._batch_s = end_s
+        self.tokens += steps * n
         if record.finished:
             self._batch.difference_update(record.finished)
         if len(self._step_end_s) >= self._chunk_steps:
             self._close_chunk()
 
     def _close_chunk(self) -> None:
-        """Keep the gaps of the last decode runs' steps instead of their ends."""
-        exact = sum(len(gaps) for _, gaps in self._chunks) < self._exact_steps
-        gaps = self._last_gaps()
-        runs = len(self._decode_steps) - sum(runs for runs, _ in self._chunks)
-        self._chunks.append((runs, gaps if exact else gaps.astype(np.float32)))
-        self._chunk_start_s = self._step_end_s[-1]
+        """Keep the gaps of the last decode runs' steps instead of their ends, or count them."""
+        gaps, runs = self._open_gaps(), len(self._decode_steps) - self._closed_runs
+        if sum(len(kept) for _, kept in self._chunks) < self._exact_steps:
+            self._chunks.append((runs, gaps))
+        else:
+            self._count(*_present(gaps, self._gap_counts(self._closed_runs, runs)))
+        self._closed_runs += runs
+        self._chunk_start_s = self._batch_s
         self._step_end_s = array("d")
 
-    def _last_gaps(self) -> FloatArray:
+    def _open_gaps(self) -> FloatArray:
         return np.diff(_floats(self._step_end_s), prepend=self._chunk_start_s)
 
-    def _append_prefill(self, record: StepRecord) -> None:
+    def _count(self, gaps: FloatArray, counts: IntArray) -> None:
+        """Count gaps that agree in their exponent and first bits together."""
+        bits = gaps.view(np.int64) >> 52 - ROUNDED_BITS
+        exponents, first_bits = bits >> ROUNDED_BITS, bits & 2**ROUNDED_BITS - 1
+        for exponent in np.unique(exponents).tolist():
+            of = exponents == exponent
+            held = self._rounded.setdefault(exponent, np.zeros(2**ROUNDED_BITS))
+            held += np.bincount(first_bits[of], counts[of], 2**ROUNDED_BITS)
+
+    def _append_prefill(self, record: StepRecord, end_s: float) -> None:
         """The end gives a token to each request whose prompt it completes."""
         run, finished = record.run, record.finished
         for request, emits in zip(run.requests[run.decodes :], run.emits[run.decodes :], strict=True):
@@ -141,10 +158,10 @@ class Log:
                 self._batch.remove(request.id)
                 self._requests = ()
                 self._token_s[request.id] = self._batch_s
-            self._token(request.id, record.end_s)
+            self._token(request.id, end_s)
             self.tokens += 1
             if request.id not in finished:
-                self._token_s[request.id] = record.end_s
+                self._token_s[request.id] = end_s
 
     def _token(self, request_id: int, at_s: float) -> None:
         """A token that comes apart from the other sequences': the first one, or one with a gap of its own."""
@@ -176,12 +193,16 @@ class Log:
         """Gaps between successive tokens of a request, in seconds, and how many of each there are; in parts."""
         first = 0
         for runs, seconds in self._chunks:
-            yield _present(seconds.astype(np.float64), self._gap_counts(first, runs))
+            yield _present(seconds, self._gap_counts(first, runs))
             first += runs
-        own = _floats(self._own_gap_s)
+        for exponent, found in self._rounded.items():
+            bits = (exponent << ROUNDED_BITS) + np.arange(2**ROUNDED_BITS)
+            middle = (2 * bits + 1) << 51 - ROUNDED_BITS
+            yield _present(middle.view(np.float64), found.astype(np.int64))
+        own, first = _floats(self._own_gap_s), self._closed_runs
         counts = self._gap_counts(first, len(self._decode_steps) - first)
         yield _present(
-            np.concatenate([self._last_gaps(), own]), np.concatenate([counts, np.ones(len(own), dtype=np.int64)])
+            np.concatenate([self._open_gaps(), own]), np.concatenate([counts, np.ones(len(own), dtype=np.int64)])
         )
 
     def _gap_counts(self, first: int, runs: int) -> IntArray:

@@ -12,7 +12,20 @@ from dataclasses import dataclass
 from itertools import chain
 
 from semipd.batch import PrefillBatch, Sequence, next_batch
-from semipd.core import Allocation, DecodeShape, Load, Mode, Phase, Request, Run, StepRecord
+from semipd.core import (
+    DECODE,
+    FUSED,
+    ONE_AT_A_TIME,
+    PREFILL,
+    Allocation,
+    DecodeShape,
+    Load,
+    Mode,
+    Phase,
+    Request,
+    Run,
+    StepRecord,
+)
 from semipd.diagnosis import Blocked, Cause
 from semipd.kv_cache import BlockManager
 from semipd.policies import Policy
@@ -96,6 +109,8 @@ class Scheduler:
         blocked: How long prompts waited while none was prefilled, and why.
         prompt_tokens: Tokens of the prompts admitted so far.
         prefix_hit_tokens: Of these, those that were cached when their prompt was admitted first.
+        drains: Whether all in flight was asked to yield for a new allocation: nothing starts until a run has ended or
+            a request has come.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy, *, device_sms: int, layers: int) -> None:
@@ -107,6 +122,7 @@ class Scheduler:
         self.switches = 0
         self.prompt_tokens = self.prefix_hit_tokens = 0
         self.blocked = Blocked()
+        self.drains = False
         self._device_sms = device_sms
         self._layers = layers
         self._watermark_blocks = int(config.watermark * config.num_blocks)
@@ -133,7 +149,6 @@ class Scheduler:
         self._decode_changed = False  # since the policy was asked
         self._start_asked = False  # whether it was asked for the next batch
         self._busy = (False, False)  # prefill, decode, when it was asked
-        self._drains = False  # all in flight was asked to yield for a new allocation, and nothing came since
         self._next_order = 0
         self._next_run = 0
 
@@ -163,7 +178,7 @@ class Scheduler:
 
         Raises ValueError when a request of that id is unfinished.
         """
-        self._drains = False
+        self.drains = False
         if request.id in self._live:
             raise ValueError(f"request {request.id} is unfinished; expected each id once")
         sequence = Sequence(request, self._next_order, self.blocks.keys_of(request))
@@ -182,9 +197,9 @@ class Scheduler:
             now_s: The executor's time.
             steps_done: Steps that a run in flight has completed by now, by the run's id.
         """
-        if self._drains or Phase.MIXED in self._in_flight:  # which is one step
+        if self.drains or FUSED in self._in_flight:  # which is one step
             return NOTHING
-        decode = self._in_flight.get(Phase.DECODE)
+        decode = self._in_flight.get(DECODE)
         if decode is None:
             self._make_room()
             if self._leaving:
@@ -204,7 +219,7 @@ class Scheduler:
             self.blocked.note(now_s, self._cause() if waiting else None, waiting)
         if target is not self._current and target != self._current:
             if self._in_flight:
-                self._drains = True
+                self.drains = True
                 return self._yield(*self._in_flight.values())
             self.switches += self._current is not None
             self._current = target
@@ -214,20 +229,20 @@ class Scheduler:
 
     def complete(self, record: StepRecord) -> None:
         """Take note of a run that ended. Raises ValueError for one that was not in flight."""
-        self._drains = False
+        self.drains = False
         run, phase = record.run, record.run.phase
         launched = self._in_flight.get(phase)
         if launched is None or launched.id != run.id:
             raise ValueError(f"{phase.value} run {run.id} is not in flight")
         del self._in_flight[phase]
         self._yielding.discard(run.id)
-        if phase is Phase.DECODE or run.decodes:
+        if phase is DECODE or run.decodes:
             self._complete_decode(record)
-        if phase is not Phase.DECODE and self._batch is not None:
-            self._batch.layers -= record.steps if phase is Phase.PREFILL else self._layers
+        if phase is not DECODE and self._batch is not None:
+            self._batch.layers -= record.steps if phase is PREFILL else self._layers
             if not self._batch.layers:
                 self._complete_batch(self._batch, record)
-        beside_decode = phase is Phase.PREFILL and Phase.DECODE in self._in_flight
+        beside_decode = phase is PREFILL and DECODE in self._in_flight
         for request_id in record.finished:
             del self._live[request_id]
             if beside_decode:
@@ -328,10 +343,11 @@ class Scheduler:
         """Most prompt tokens that the policy's last answer lets into a batch now."""
         at, most = self._target, self.config.max_num_batched_tokens
         decoding = len(self._decoding) + len(self._joining)
-        if at is not None and at.mode is Mode.MIXED:
+        if at is None or at.mode not in ONE_AT_A_TIME:
+            return most
+        if at.mode is Mode.MIXED:
             return min(at.chunk_tokens, most) - decoding
-        waits = decoding and at is not None and at.mode is Mode.EXCLUSIVE and at.first is Phase.DECODE
-        return 0 if waits else most
+        return 0 if decoding and at.first is DECODE else most
 
     def _cause(self) -> Cause:
         """Why no prompt starts, of those that wait."""
@@ -396,12 +412,12 @@ class Scheduler:
 
     def _launch(self, at: Allocation, batch: PrefillBatch | None) -> Plan:
         """Start what the allocation allows and is not in flight, decode first."""
-        decode, alone = self._in_flight.get(Phase.DECODE), at.mode in (Mode.EXCLUSIVE, Mode.MIXED)
-        if alone and at.first is Phase.DECODE and self._decoding:
+        decode, alone = self._in_flight.get(DECODE), at.mode in ONE_AT_A_TIME
+        if alone and at.first is DECODE and self._decoding:
             batch = None  # it was stopped in another mode, and waits
         if alone and batch is not None and decode is not None:
             return self._yield(decode)
-        starts_prefill = batch is not None and Phase.PREFILL not in self._in_flight
+        starts_prefill = batch is not None and PREFILL not in self._in_flight
         if batch is not None and starts_prefill and batch is not self._batch:
             if decode is not None and decode.id not in self._yielding and not self._fits(decode, batch):
                 return self._yield(decode)  # goes on from its next boundary with the steps that fit beside the batch
@@ -441,7 +457,7 @@ class Scheduler:
             max_steps = min(max_steps, self.config.decode_steps)
         requests = tuple([sequence.request for sequence in self._decoding])
         ones = (1,) * len(requests)
-        return Run(self._run_id(), Phase.DECODE, requests, ones, self._context_lens(), at.decode_sms, max_steps, at)
+        return Run(self._run_id(), DECODE, requests, ones, self._context_lens(), at.decode_sms, max_steps, at)
 
     def _start(self, *runs: Run) -> Plan:
         for run in runs:

@@ -13,7 +13,10 @@ from typing import Generic, TypeAlias, TypeVar
 import numpy as np
 import simpy
 
+from semipd._steps import Boundaries
 from semipd.core import (
+    DECODE,
+    FUSED,
     NO_OVERHEADS,
     Allocation,
     DecodeShape,
@@ -27,6 +30,7 @@ from semipd.core import (
 )
 from semipd.cost import CostModel
 from semipd.executor import check_launch, finished_by_prefill, output_left
+from semipd.variation import Variation
 
 Own = TypeVar("Own")
 Other = TypeVar("Other", PrefillShape, DecodeShape)
@@ -36,8 +40,6 @@ Place: TypeAlias = tuple[PrefillShape | DecodeShape, Allocation, PrefillShape | 
 
 Outside: TypeAlias = Callable[[PrefillShape | DecodeShape, Allocation, PrefillShape | DecodeShape | None], str | None]
 """What is outside the measured grid at a place, None when nothing is."""
-
-NONE: FloatArray = np.empty(0)
 
 STRETCH_STEPS = 1024
 """Steps priced at a time, so that a run that could go on for a million steps costs no more to start or re-time."""
@@ -74,17 +76,29 @@ class SimExecutor:
 
     In ``EXCLUSIVE`` and ``MIXED`` one run at a time has the device: ``launch`` refuses a second one.
 
+    **Variation.** Times are then multiplied by factors, which are those of the step, however often it is priced.
+
     Args:
         cost: What steps cost.
         overheads: What starting runs and changing the allocation costs besides; nothing by default.
+        variation: By how much step times vary; not at all by default.
         outside: Says what is outside the measured grid (``TableCost.outside``), to refuse what takes such a look-up: an
             InputError of ``wait``. None to count them only.
     """
 
-    def __init__(self, cost: CostModel, overheads: Overheads = NO_OVERHEADS, outside: Outside | None = None) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        overheads: Overheads = NO_OVERHEADS,
+        variation: Variation | None = None,
+        outside: Outside | None = None,
+    ) -> None:
         self._cost = cost
         self._outside = outside
-        self._overheads = overheads
+        self._variation = variation
+        self._phase_steps = dict.fromkeys(Phase, 0)  # of all runs that have ended
+        self._start_s = {phase: overheads.start_s(phase) for phase in Phase}
+        self._switch_s = overheads.switch_ms / 1e3
         self._switched_s = 0.0  # until when the last change of allocation lasts
         self._allocation: Allocation | None = None  # of the last launch
         self._env = simpy.Environment()
@@ -109,20 +123,24 @@ class SimExecutor:
 
         Raises ValueError as ``Executor.launch`` does, and for a sequence that has all its output.
         """
-        check_launch(run, [flight.run for flight in (self._prefill, self._decode) if flight is not None])
+        check_launch(run, [flight.run for flight in self._flights()])
+        now_s, allocation = self._now_s, run.allocation
         flight: PrefillFlight | DecodeFlight
-        if run.phase is Phase.DECODE:
-            flight, last = DecodeFlight(run, self._now_s), self._last_decode
+        if run.phase is DECODE:
+            flight, last = DecodeFlight(run, now_s), self._last_decode
             self._decode = flight
         else:
-            flight = (MixedFlight if run.phase is Phase.MIXED else PrefillFlight)(run, self._now_s)
+            flight = (MixedFlight if run.phase is FUSED else PrefillFlight)(run, now_s)
             self._prefill, last = flight, self._last_prefill
         continues = last is not None and flight.continues(last)
-        if self._allocation is not None and run.allocation != self._allocation:
-            self._switched_s = self._now_s + self._overheads.switch_ms / 1e3
-        self._allocation = run.allocation
-        start_s = 0.0 if continues else self._overheads.start_s(run.phase)
-        flight.begin_s = max(self._now_s, self._switched_s) + start_s
+        if self._allocation is not None and allocation is not self._allocation and allocation != self._allocation:
+            self._switched_s = now_s + self._switch_s
+        self._allocation = allocation
+        begin_s = max(now_s, self._switched_s) + (0.0 if continues else self._start_s[run.phase])
+        if begin_s > now_s:
+            flight.steps.begin_s = begin_s
+        if self._variation is not None:
+            flight.vary(self._variation, self._phase_steps[run.phase])
         self._look = self._look or not continues
         self._changed = True
 
@@ -130,15 +148,15 @@ class SimExecutor:
         """Ask the run to end at its first boundary from now on; no effect on a run that has ended."""
         for flight in self._flights():
             if flight.run.id == run_id:
-                flight.stop(self._now_s)
-                self._priced_to_s = min(self._priced_to_s, flight.priced_to_s)
+                flight.steps.stop(self._now_s)
+                self._priced_to_s = min(self._priced_to_s, flight.steps.priced_to_s)
                 self._changed = True
 
     def steps_done(self, run_id: int) -> int:
         """Steps that a run in flight has completed by now. Raises KeyError for a run that is not in flight."""
         for flight in self._flights():
             if flight.run.id == run_id:
-                return flight.steps_done(self._now_s)
+                return flight.steps.reached(self._now_s)
         raise KeyError(f"run {run_id} is not in flight")
 
     def wait(self, until_s: float | None) -> list[StepRecord]:
@@ -165,32 +183,36 @@ class SimExecutor:
                 self._go_on_to(min(self._priced_to_s, until_s))
 
     def _flights(self) -> list[PrefillFlight | DecodeFlight]:
-        return [flight for flight in (self._prefill, self._decode) if flight is not None]
+        prefill, decode = self._prefill, self._decode
+        if prefill is None:
+            return [] if decode is None else [decode]
+        return [prefill] if decode is None else [prefill, decode]
 
     def _collect(self) -> list[StepRecord]:
         """The records of the runs that have ended, which are no longer in flight then."""
         prefill, decode, ended = self._prefill, self._decode, []
         self._priced_to_s = math.inf
         if prefill is not None:
-            if prefill.end_s <= self._now_s:
+            if prefill.steps.end_s <= self._now_s:
                 self._prefill = None
-                self._last_prefill = self._record(prefill)
+                self._last_prefill = self._ended(prefill)
                 ended.append(self._last_prefill)
             else:
-                self._priced_to_s = prefill.priced_to_s
+                self._priced_to_s = prefill.steps.priced_to_s
         if decode is not None:
-            if decode.end_s <= self._now_s:
+            if decode.steps.end_s <= self._now_s:
                 self._decode = None
-                self._last_decode = self._record(decode)
+                self._last_decode = self._ended(decode)
                 ended.append(self._last_decode)
-            elif decode.priced_to_s < self._priced_to_s:
-                self._priced_to_s = decode.priced_to_s
+            elif decode.steps.priced_to_s < self._priced_to_s:
+                self._priced_to_s = decode.steps.priced_to_s
         if ended:
             self._changed = True
         return ended
 
-    def _record(self, flight: PrefillFlight | DecodeFlight) -> StepRecord:
+    def _ended(self, flight: PrefillFlight | DecodeFlight) -> StepRecord:
         """What a run did. Raises InputError when that was outside the measured grid and is to be refused."""
+        self._phase_steps[flight.run.phase] += flight.steps.steps
         record = flight.record(self._cost)
         if record.extrapolated and self._outside is not None:
             found = filter(None, (self._outside(*place) for place in flight.clamped()))
@@ -202,14 +224,14 @@ class SimExecutor:
         now_s, cost, prefill, decode = self._now_s, self._cost, self._prefill, self._decode
         if self._look:
             self._seen_prefill = prefill.shape if prefill is not None else None
-            self._seen_decode = decode.shape(decode.steps_done(now_s)) if decode is not None else None
+            self._seen_decode = decode.shape(decode.steps.reached(now_s)) if decode is not None else None
         self._priced_to_s = math.inf
         if prefill is not None:
             prefill.go_on(now_s, cost, self._seen_decode if decode is not None else None)
-            self._priced_to_s = prefill.priced_to_s
+            self._priced_to_s = prefill.steps.priced_to_s
         if decode is not None:
             decode.go_on(now_s, cost, self._seen_prefill if prefill is not None else None)
-            self._priced_to_s = min(self._priced_to_s, decode.priced_to_s)
+            self._priced_to_s = min(self._priced_to_s, decode.steps.priced_to_s)
         self._look = self._changed = False
 
     def _go_on_to(self, at_s: float) -> None:
@@ -221,39 +243,47 @@ class SimExecutor:
 
 
 class Flight(ABC, Generic[Other]):
-    """A run in flight: the boundaries it has reached, and when it will reach the others at the present prices.
+    """A run in flight: when its steps end at the present prices (``steps``), and what they are priced beside."""
 
-    A *stretch* is a time over which prices hold; it may start within a step. ``priced_to_s`` is the last boundary
-    known, and ``end_s`` the end of the run, infinite while that is further than was priced. ``begin_s``: when the first
-    step begins.
-    """
+    __slots__ = (
+        *(
+            "_before",
+            "_beside",
+            "_clamped",
+            "_extrapolated",
+            "_lookups",
+            "_outside",
+            "_priced",
+            "_start_s",
+            "_variation",
+        ),
+        *("run", "steps"),
+    )
 
     def __init__(self, run: Run, now_s: float, steps: int) -> None:
         self.run = run
-        self.end_s = math.inf
-        self.priced_to_s = -math.inf
-        self._start_s = self.begin_s = now_s
-        self._steps = steps  # at which the run ends
-        self._past: list[FloatArray] = []  # boundaries in earlier stretches
-        self._done = 0  # how many these are
-        self._last_s = now_s  # the last of them
-        self._stretch_s = now_s
-        self._rest = 1.0  # share of the stretch's first step that is still to do
-        self._seconds = NONE  # what each step of the stretch takes as a whole
-        self._ends = NONE  # boundaries of the stretch
-        self._outside = 0  # look-ups of _seconds that are outside the measured grid
+        self.steps = Boundaries(now_s, steps)
+        self._start_s = now_s
+        self._priced = 0  # look-ups of the present stretch
+        self._outside = 0  # of these, outside the measured grid
         self._beside: Other | None = None
         self._lookups = 0
         self._extrapolated = 0
         self._clamped: tuple[int, int, Other | None] | None = None  # the first such steps, from and to, beside what
+        self._variation: Variation | None = None
+        self._before = 0
+
+    def vary(self, variation: Variation, before: int) -> None:
+        """Have times vary; the phase has done so many steps before."""
+        self._variation, self._before = variation, before
 
     @abstractmethod
     def continues(self, last: StepRecord) -> bool:
         """Whether this run plainly goes on with what that one did."""
 
     @abstractmethod
-    def price(self, cost: CostModel, first: int, steps: int, beside: Other | None) -> tuple[FloatArray, int]:
-        """Seconds of so many steps from ``first`` on, and how many of these look-ups are outside the grid."""
+    def price(self, cost: CostModel, first: int, steps: int, beside: Other | None) -> tuple[FloatArray | float, int]:
+        """Seconds of so many steps from ``first`` on, or of every one, and how many look-ups are outside the grid."""
 
     @abstractmethod
     def finished(self, steps: int) -> tuple[int, ...]:
@@ -270,79 +300,49 @@ class Flight(ABC, Generic[Other]):
         first, last, beside = self._clamped
         return [self.place(first, beside), self.place(last, beside)]
 
-    def steps_done(self, now_s: float) -> int:
-        """Boundaries reached by now, one at this moment included."""
-        return self._done + int(self._ends.searchsorted(now_s, side="right"))
-
     def go_on(self, now_s: float, cost: CostModel, beside: Other | None) -> None:
         """Have what is left priced beside this from now on."""
-        if now_s < self.priced_to_s and (beside is self._beside or beside == self._beside):
+        steps = self.steps
+        if now_s < steps.priced_to_s and (beside is self._beside or beside == self._beside):
             return
-        if self._seconds is not NONE:
-            now_s = min(now_s, self.priced_to_s)
-            self._close(now_s, cost)
-        self._beside = beside
-        steps = min(self._steps - self._done, STRETCH_STEPS)
-        seconds, self._outside = self.price(cost, self._done, steps, beside)
-        times = seconds.astype(np.float64)  # a copy
-        times[0] = max(now_s, self.begin_s) + self._rest * seconds.item(0)
-        # Added up one by one, as runs of single steps would be: equal to the last bit.
-        self._ends = np.add.accumulate(times)
-        self._seconds = seconds
-        self.priced_to_s = self._ends.item(-1)
-        self.end_s = self.priced_to_s if self._done + steps == self._steps else math.inf
-
-    def stop(self, now_s: float) -> None:
-        """End at the first boundary from now on."""
-        if self._done and self._last_s == now_s:
-            steps = self._done
+        before = steps.done
+        if worked := steps.leave(now_s):
+            self._count(cost, before, worked)
+        self._beside, first = beside, steps.done
+        self._priced = min(steps.steps - first, STRETCH_STEPS)
+        seconds, self._outside = self.price(cost, first, self._priced, beside)
+        if self._variation is not None:
+            run, at = self.run, self._before + first
+            seconds = seconds * self._variation.factors(run.phase, run.allocation, beside is not None, at, self._priced)
+        if isinstance(seconds, float):
+            steps.price_evenly(seconds, self._priced)
         else:
-            steps = self._done + int(self._ends.searchsorted(now_s, side="left")) + 1
-        if steps >= self._steps:
-            return
-        self._steps = steps
-        if self._seconds is not NONE:
-            self._ends = self._ends[: steps - self._done]
-            self.end_s = self.priced_to_s = self._ends.item(-1) if len(self._ends) else self._last_s
+            steps.price(seconds)
 
     def record(self, cost: CostModel) -> StepRecord:
         """What the run did; it has ended."""
-        if self._outside:
-            self._count(cost, len(self._ends))
-        else:
-            self._lookups += len(self._ends)
-        ends_s = np.concatenate([*self._past, self._ends]) if self._past else self._ends
-        finished = self.finished(self._steps)
-        return StepRecord(self.run, self._start_s, ends_s, finished, self._lookups, self._extrapolated)
+        steps = self.steps
+        if worked := steps.in_stretch:
+            self._count(cost, steps.done, worked)
+        return StepRecord(
+            self.run, self._start_s, steps.ends_s(), self.finished(steps.steps), self._lookups, self._extrapolated
+        )
 
-    def _close(self, now_s: float, cost: CostModel) -> None:
-        """Leave the present stretch, unless it has only begun."""
-        if self._stretch_s == now_s < self.priced_to_s:
-            return
-        done = int(self._ends.searchsorted(now_s, side="right"))
-        reached = self._ends[:done]
-        if done:
-            self._last_s = reached.item(-1)
-        within = now_s > max(self._last_s, self.begin_s)
-        self._rest = (self._ends.item(done) - now_s) / self._seconds.item(done) if within else 1.0
-        self._count(cost, done + within)
-        self._past.append(reached)
-        self._done += done
-        self._stretch_s = now_s
-
-    def _count(self, cost: CostModel, steps: int) -> None:
-        """Count the look-ups of the stretch's first steps, which were worked on."""
+    def _count(self, cost: CostModel, first: int, steps: int) -> None:
+        """Count the look-ups of so many steps of a stretch, which were worked on."""
         self._lookups += steps
-        if self._outside and steps:
-            whole = steps == len(self._seconds)
-            outside = self._outside if whole else self.price(cost, self._done, steps, self._beside)[1]
+        if self._outside:
+            whole = steps == self._priced
+            outside = self._outside if whole else self.price(cost, first, steps, self._beside)[1]
             self._extrapolated += outside
             if outside and self._clamped is None:
-                self._clamped = self._done, self._done + steps - 1, self._beside
+                self._clamped = first, first + steps - 1, self._beside
 
 
 class PrefillFlight(Flight[DecodeShape]):
     """Layers of one batch."""
+
+    __slots__ = ("shape",)
 
     def __init__(self, run: Run, now_s: float) -> None:
         super().__init__(run, now_s, run.max_steps)
@@ -360,11 +360,11 @@ class PrefillFlight(Flight[DecodeShape]):
             and run.new_tokens == before.new_tokens
         )
 
-    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[FloatArray, int]:
+    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[float, int]:
         """The same for every layer."""
         del first
         seconds, outside = cost.prefill_s(self.shape, self.run.allocation, beside)
-        return np.full(steps, seconds), steps * outside
+        return seconds, steps * outside
 
     def place(self, step: int, beside: DecodeShape | None) -> Place:
         """The same for every layer."""
@@ -379,12 +379,14 @@ class PrefillFlight(Flight[DecodeShape]):
 class MixedFlight(PrefillFlight):
     """A fused step, which has the device for itself."""
 
-    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[FloatArray, int]:
+    __slots__ = ()
+
+    def price(self, cost: CostModel, first: int, steps: int, beside: DecodeShape | None) -> tuple[float, int]:
         """The one step, all layers."""
         del first, beside
         decode = self.run.decode_shape if self.run.decodes else None
         seconds, outside = cost.mixed_s(self.shape, decode)
-        return np.full(steps, seconds), steps * outside
+        return seconds, steps * outside
 
     def place(self, step: int, beside: DecodeShape | None) -> Place:
         """The prompts, beside those that decode."""
@@ -394,6 +396,8 @@ class MixedFlight(PrefillFlight):
 
 class DecodeFlight(Flight[PrefillShape]):
     """Steps of one batch, up to the first that gives a sequence its last token."""
+
+    __slots__ = ("_batch", "_cached", "_first_finish", "_left")
 
     def __init__(self, run: Run, now_s: float) -> None:
         self._left = output_left(run)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from pyarrow import parquet
+from subprocesses import elsewhere
 from synthetic_profile import write_profile
 from test_trace_read import TRACES
 
@@ -37,6 +42,12 @@ def config(tmp_path: Path, profile: Path) -> Path:
     return path
 
 
+def rows(path: Path) -> list[dict[str, Any]]:
+    found = parquet.read_table(path).to_pylist()
+    assert isinstance(found, list)
+    return found
+
+
 def compared(*words: str) -> list[str]:
     return ["compare", "--limit", "150", "--jobs", "1", *words]
 
@@ -57,19 +68,15 @@ def test_a_saved_replay_can_be_run_again_and_its_files_agree(
     assert main(["replay", str(a / "config.yaml"), "--out", str(b)]) == 0
     assert capsys.readouterr().err.splitlines() == [f"saved: {a}", f"saved: {b}"]
     assert load(a / "config.yaml", ReplayConfig).policy == "adaptive"
-    for name in ("config.yaml", "requests.csv", "runs.csv"):
+    for name in ("config.yaml", "requests.parquet", "runs.parquet"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
     summary = json.loads((a / "summary.json").read_text())
-    with (a / "requests.csv").open() as file:
-        requests = list(csv.DictReader(file))
-    with (a / "runs.csv").open() as file:
-        runs = list(csv.DictReader(file))
+    requests, runs = rows(a / "requests.parquet"), rows(a / "runs.parquet")
     assert summary["completed"] == len(requests) == 150
-    ttft_s = [float(row["ttft_s"]) for row in requests]
-    assert summary["ttft_s"]["p90"] == np.percentile(ttft_s, 90)
-    assert sorted(i for row in runs for i in row["finished"].split()) == sorted(row["id"] for row in requests)
-    decoded = sum(int(row["steps"]) * int(row["requests"]) for row in runs if row["phase"] == "decode")
-    assert decoded == sum(int(row["output_tokens"]) - 1 for row in requests)
+    assert summary["ttft_s"]["p90"] == np.percentile([row["ttft_s"] for row in requests], 90)
+    assert sorted(i for row in runs for i in row["finished"]) == [row["id"] for row in requests]
+    decoded = sum(row["steps"] * row["requests"] for row in runs if row["phase"] == "decode")
+    assert decoded == sum(row["output_tokens"] - 1 for row in requests)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(
@@ -81,6 +88,43 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
     assert main(["replay", str(config), "--set", "policy=exclusive", "--out", str(out)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {out}: holds a run; expected a new folder"
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def interrupted(words: list[str], after: Path | None = None, wait_s: float = 1.0) -> tuple[int, str]:
+    """Exit code and stderr of a command that gets Ctrl-C so long after its start, or after a file is there."""
+    # The handler by hand, since a child of a shell's background job would ignore Ctrl-C.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from semipd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *words]
+    with subprocess.Popen(command, env=elsewhere(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        while after is not None and not after.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read().decode()
+        return process.wait(), said
+
+
+def test_ctrl_c_saves_what_is_complete_and_says_so(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    words = ["replay", str(config), "--set", "trace.limit=null", "--set", "trace.replicate=100", "--out", str(out)]
+    code, said = interrupted(words, out / "runs.parquet")
+    assert code == 130, said
+    summary, requests = json.loads((out / "summary.json").read_text()), rows(out / "requests.parquet")
+    assert not summary["complete"]
+    assert len(requests) == summary["requests"] == 250_000
+    finished = sorted(i for row in rows(out / "runs.parquet") for i in row["finished"])
+    assert finished == [row["id"] for row in requests if row["finish_s"] is not None]
+    assert 0 < summary["completed"] == len(finished) < len(requests)
+    assert said.splitlines()[-1] == f"interrupted: {len(finished)} of 250000 requests are complete"
+
+
+def test_ctrl_c_ends_a_comparison_with_what_is_complete(profile: Path) -> None:
+    words = ["compare", "--profile", str(profile), "--set", "trace.replicate=400", "--jobs", "1"]
+    code, said = interrupted([*words, "--policies", "exclusive,static-8"], wait_s=5.0)
+    assert code == 130, said
+    assert said.splitlines()[-1] == "interrupted: none of 2 policies is complete"
 
 
 def test_a_replay_prints_its_summary_as_one_document(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,9 +189,7 @@ def test_the_same_scheduler_runs_a_model_on_the_cpu(tmp_path: Path, capsys: pyte
     summary = json.loads(out)
     assert err == f"saved: {tmp_path / 'r'}\n"
     assert (summary["requests"], summary["completed"]) == (3, 3)
-    with (tmp_path / "r" / "requests.csv").open() as file:
-        requests = list(csv.DictReader(file))
-    assert all(float(row["ttft_s"]) > 0 for row in requests)
+    assert all(row["ttft_s"] > 0 for row in rows(tmp_path / "r" / "requests.parquet"))
 
 
 @pytest.mark.parametrize(

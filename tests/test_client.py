@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from synthetic_profile import write_profile
 from test_laws import Scenario, scenarios
 
@@ -188,8 +188,8 @@ def turns(n: int) -> list[dict[str, object]]:
 
 
 def saved_requests(run: Path) -> list[dict[str, float]]:
-    with (run / "requests.csv").open() as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    found: list[dict[str, float]] = parquet.read_table(run / "requests.parquet").to_pylist()
+    return found
 
 
 @pytest.mark.parametrize("executor", ["sim", "cpu"])

@@ -7,12 +7,15 @@ import gzip
 import hashlib
 import json
 import os
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from semipd.core import InputError
 from semipd.trace import Trace, head, info, read_trace, scale_rate, window
@@ -204,6 +207,34 @@ def test_every_row_is_accounted_for_through_every_cut(tmp_path: Path) -> None:
     for wrong in (lambda: head(trace, 0), lambda: window(trace, 30, 40), lambda: window(trace, 5, 5)):
         with pytest.raises(InputError, match="t: "):
             wrong()
+
+
+@pytest.mark.parametrize("bad", ["2023-11-16 18:15:50.5,1,0", "2023-11-16 18:15:50.5,1", "2023-11-16 18:15:40,1,1"])
+def test_a_bad_row_far_into_a_file_is_named_by_its_line(tmp_path: Path, bad: str) -> None:
+    rows = ["2023-11-16 18:15:50.5,1,1"] * 10_000
+    rows[9_000] = bad
+    with pytest.raises(InputError, match=r": line 9002: "):
+        read_trace(saved(tmp_path, "\n".join([HEADER, *rows])))
+
+
+@given(*(st.integers(0, high) for high in (9999, 13, 32, 24, 60, 60)))
+@example(0, 1, 1, 0, 0, 0)
+@example(2023, 2, 29, 0, 0, 0)
+@example(1, 1, 1, 0, 0, 0)
+def test_a_stamp_is_taken_exactly_when_the_calendar_has_it(
+    year: int, month: int, day: int, hour: int, minute: int, second: int
+) -> None:
+    stamp = f"{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved(Path(folder), f"{HEADER}\n{stamp},1,1\n9999-12-31 23:59:59.9999999,1,1\n")
+        try:
+            since = datetime(9999, 12, 31, 23, 59, 59) - datetime(year, month, day, hour, minute, second)
+        except ValueError:
+            with pytest.raises(InputError, match=f"line 2: TIMESTAMP: found '{stamp}'"):
+                read_trace(path)
+        else:
+            seconds = since.days * 86_400 + since.seconds
+            assert read_trace(path).arrival_s.tolist() == [0.0, (seconds * 10**7 + 9_999_999) / 10**7]
 
 
 def test_rows_beyond_the_limit_are_checked_too(tmp_path: Path) -> None:

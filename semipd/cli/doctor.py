@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from itertools import count
 from typing import Annotated
 
@@ -96,6 +95,8 @@ def _part(name: str, why_not: str) -> Part:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # here, since no other command needs it
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from semipd.cli.progress import NOTE_EVERY_S
 from semipd.cli.session import INTERRUPTED, note, show, show_json
 
 if TYPE_CHECKING:
@@ -162,7 +163,6 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
     from dataclasses import replace
     from importlib.util import find_spec
 
-    from semipd.compare import sim_executor
     from semipd.config import load
     from semipd.core import InputError
     from semipd.policies import chosen, make_policy, whole_device
@@ -171,7 +171,7 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
     policy = make_policy(config.policy, setup.predictor, setup.slo)
     if name is ExecutorName.SIM:
         yield (
-            sim_executor(setup),
+            setup.simulator(),
             Scheduler(setup.scheduler, policy, device_sms=setup.cost.device_sms, layers=setup.cost.layers),
             None,
         )
@@ -226,25 +226,53 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
 
 @contextmanager
 def _watched(policy: str, requests: int) -> Iterator[Callable[[float, int], None]]:
-    """A progress bar on stderr: requests finished, simulated time, time left."""
+    """Progress on stderr: requests finished, simulated time, rate and time left; without a terminal a line at times."""
+    if not sys.stderr.isatty():
+        yield _noted(policy, requests)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(policy), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = TextColumn("at {task.fields[now_s]:.0f} s")
-    with Progress(*columns, shown, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=requests, now_s=0.0)
-        yield lambda now_s, finished: bar.update(task, completed=finished, now_s=now_s)
+    columns = (TextColumn(policy), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[at]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=requests, at="")
+
+        def watch(now_s: float, finished: int) -> None:
+            bar.update(task, completed=finished)
+            rate_rps = bar.tasks[0].speed or 0.0
+            bar.update(task, at=f"at {now_s:,.0f} s, {rate_rps:,.0f}/s")
+
+        yield watch
+
+
+def _noted(policy: str, requests: int) -> Callable[[float, int], None]:
+    start_s = last_s = time.monotonic()
+
+    def watch(now_s: float, finished: int) -> None:
+        nonlocal last_s
+        clock_s = time.monotonic()
+        if clock_s - last_s < NOTE_EVERY_S or not finished:
+            return
+        last_s = clock_s
+        rate_rps = finished / (clock_s - start_s)
+        left_s = (requests - finished) / rate_rps
+        note(
+            f"{policy}: {finished:,}/{requests:,} requests, at {now_s:,.0f} s, {rate_rps:,.0f}/s, "
+            f"about {left_s:.0f} s left"
+        )
+
+    return watch
 
 
 @contextmanager
 def _saved(out: Path | None, config: dict[str, Any]) -> Iterator[Callable[[StepRecord], None] | None]:
-    """Save the configuration, and every run as it ends, into ``out``: config.yaml and runs.csv."""
+    """Save the configuration, and every run as it ends, into ``out``: config.yaml and runs.parquet."""
     if out is None:
         yield None
         return
     import yaml
 
+    from semipd.archive import RunWriter
     from semipd.core import InputError
 
     if (out / "summary.json").exists():
@@ -254,42 +282,17 @@ def _saved(out: Path | None, config: dict[str, Any]) -> Iterator[Callable[[StepR
     except OSError as error:
         raise InputError(f"{out}: cannot be made a folder ({error.strerror}); expected a new folder") from None
     (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    with (out / "runs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ("run", "phase", "allocation", "sms", "start_s", "end_s", "steps", "requests", "new_tokens", "finished")
-        )
-
-        def each(record: StepRecord) -> None:
-            run = record.run
-            writer.writerow(
-                (
-                    run.id,
-                    run.phase.value,
-                    run.allocation.name,
-                    run.sms,
-                    repr(record.start_s),
-                    repr(record.end_s),
-                    record.steps,
-                    len(run.requests),
-                    sum(run.new_tokens),
-                    " ".join(map(str, record.finished)),
-                )
-            )
-
-        yield each
+    with RunWriter(out / "runs.parquet") as runs:
+        yield runs.add
 
 
 def _save(out: Path, outcome: Outcome) -> None:
-    """Write summary.json and requests.csv; empty fields are what did not happen."""
+    """Write summary.json and requests.parquet."""
+    from semipd.archive import write_requests
+
     document = outcome.summary.to_json() | ({} if outcome.complete else {"complete": False})
     (out / "summary.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    columns = outcome.requests.columns()
-    with (out / "requests.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for row in zip(*(column.tolist() for column in columns.values()), strict=True):
-            writer.writerow("" if value != value else repr(value) for value in row)
+    write_requests(out / "requests.parquet", outcome.requests)
     note(f"saved: {out}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from semipd.core import Allocation, Load, Mode, Phase
+from semipd.core import DECODE, PREFILL, Allocation, Load, Mode, Phase
 
 
 @cache
@@ -30,7 +30,7 @@ class Static:
     def decide(self, load: Load) -> Allocation:
         """The allocation, or the whole device for a phase that is alone and has less."""
         alone = load.decode is None or load.prefill is None
-        phase = Phase.PREFILL if load.decode is None else Phase.DECODE
+        phase = PREFILL if load.decode is None else DECODE
         if alone and self.allocation.sms(phase) < self.device_sms:
             return whole_device(self.device_sms)
         return self.allocation

@@ -34,6 +34,7 @@ def summary_report(summary: Summary, setup: Setup, rate_rps: float | None, ran: 
         f"Completed {summary.completed:,}, dropped {summary.dropped:,}; {summary.saturation}; {_bound(summary)}.",
         f"Time in split: {_splits(summary)}.",
         *_caveats([summary], setup.profile, setup.predicted_by, ran),
+        *_varied(None if setup.variation is None or ran is not None else setup.variation.seed),
     ]
     return Group(
         _title(setup.trace.name, setup.trace.operations, summary, rate_rps),
@@ -77,7 +78,12 @@ def _notes(found: Comparison) -> Text:
         lines.append(found.against_chunked)
     lines += [f"{run.policy} is {_bound(run)}." for run in found.runs if run.policy == found.recommended]
     lines += [f"Time in split of adaptive: {_splits(run)}." for run in found.runs if run.policy == "adaptive"]
-    return Text("\n".join([*lines, *_caveats(found.runs, found.profile, found.predicted_by)]))
+    caveats = _caveats(found.runs, found.profile, found.predicted_by)
+    return Text("\n".join([*lines, *caveats, *_varied(found.variation_seed)]))
+
+
+def _varied(seed: int | None) -> list[str]:
+    return [] if seed is None else [f"Step times vary by the measured spread, drawn with seed {seed}."]
 
 
 def _caveats(runs: Sequence[Summary], profile: Profile, predicted_by: str, ran: str | None = None) -> list[str]:

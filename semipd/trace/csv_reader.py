@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeAlias
+from itertools import islice
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from semipd.core import InputError
+from semipd.core import FloatArray, InputError, IntArray
 from semipd.trace.columns import MAX_TOKENS, Sessions, Trace
 from semipd.trace.source import TOKENS_EXPECTED, Source
 
@@ -28,10 +29,9 @@ MAX_STAMP_S = 1e11
 """Latest time stamp that is read, in seconds."""
 
 Lines: TypeAlias = Iterator[tuple[int, str]]
-Stamp: TypeAlias = Callable[[int, str, str], float]
-"""(line, field, text) to a time stamp in ticks."""
 
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(\d{1,7}))?(\+00:00)?", re.ASCII)
+_YEAR_1_S = -62_135_596_800
 _STAMP_EXPECTED = "YYYY-MM-DD HH:MM:SS with up to 7 decimals and no offset or +00:00"
 _DECIMAL = re.compile(r"\d{1,20}(?:\.\d{0,30})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _DECIMAL_EXPECTED = f"a number of seconds from 0 to {MAX_STAMP_S:g}"
@@ -114,64 +114,110 @@ VIDUR_LENGTHS = CsvFormat(
 CSV_FORMATS = (AZURE, BURSTGPT, SPLITWISE, VIDUR, VIDUR_LENGTHS)
 
 
+BLOCK_ROWS = 4096
+"""Rows that are looked at together."""
+
+
 def read_csv(source: Source, lines: Lines, form: CsvFormat) -> Trace:
     """Every row of a CSV trace, in the order of its time stamps."""
-    line, header = next(lines)
-    at = _columns(source, header, form)
-    prompt_at, output_at = at[form.prompt], at[form.output]
-    arrival_at = at[form.arrival] if form.arrival else None
-    session_at = at.get(form.session) if form.session else None
-    stamp_of = _azure_stamp(source) if form.azure_stamps else _decimal(source)
-    stamps: array[Any] = array("q" if form.azure_stamps else "d")  # Azure's ticks are more than a double holds
-    prompts, outputs = array("q"), array("q")
-    turns = _Turns(source)
-    dropped: dict[str, int] = {}
-    last = -math.inf
-    for line, text in lines:
+    _, header = next(lines)
+    rows = _Rows(source, header, form)
+    while block := list(islice(lines, BLOCK_ROWS)):
+        if not rows.add_plain([text for _, text in block]):
+            for line, text in block:
+                rows.add(line, text)
+    return rows.trace()
+
+
+class _Rows:
+    """The columns of a CSV trace, as its rows are read."""
+
+    def __init__(self, source: Source, header: str, form: CsvFormat) -> None:
+        self._source, self._header, self._form = source, header, form
+        self._at = _columns(source, header, form)
+        self._clock: _Clock = _AzureClock(source) if form.azure_stamps else _SecondsClock(source)
+        self._stamps: array[Any] = array(
+            "q" if form.azure_stamps else "d"
+        )  # Azure's ticks are more than a double holds
+        self._prompts, self._outputs = array("q"), array("q")
+        self._turns = _Turns(source)
+        self._dropped: dict[str, int] = {}
+        self._last_stamp = -math.inf
+        self._read = 0
+
+    def add_plain(self, texts: list[str]) -> bool:
+        """Take many rows a column at a time; False, and none is taken, if one may have to be dropped or refused."""
+        form, at = self._form, self._at
+        rows = [text.split(",") for text in texts]
+        if form.session in at or set(map(len, rows)) != {len(at)}:
+            return False
+        columns = list(zip(*rows, strict=True))
+        if any(set(columns[at[name]]) != {value} for name, value in form.only.items()):
+            return False
+        prompts, outputs = (_all_counts(columns[at[name]]) for name in (form.prompt, form.output))
+        stamps = np.zeros(len(rows)) if form.arrival is None else self._clock.all(columns[at[form.arrival]])
+        if stamps is None or prompts is None or outputs is None:
+            return False
+        if stamps[0] < self._last_stamp or np.any(stamps[1:] < stamps[:-1]):
+            return False
+        self._stamps.frombytes(stamps.tobytes())
+        self._prompts.frombytes(prompts.tobytes())
+        self._outputs.frombytes(outputs.tobytes())
+        self._last_stamp = self._stamps[-1]
+        self._read += len(rows)
+        return True
+
+    def add(self, line: int, text: str) -> None:
+        """Take or drop a row. Raises InputError with the first thing that is wrong with it."""
+        source, form, at = self._source, self._form, self._at
         row = text.split(",")
         if len(row) != len(at):
-            source.refuse(line, "row", text, f"{len(at)} fields, {header}")
+            source.refuse(line, "row", text, f"{len(at)} fields, {self._header}")
         stamp = 0.0
-        if arrival_at is not None and form.arrival:
-            stamp = stamp_of(line, form.arrival, row[arrival_at])
-            if stamp < last:
-                source.refuse(line, form.arrival, row[arrival_at], "a stamp not before the row above's")
-            last = stamp
-        prompt = _tokens(source, line, form, form.prompt, row[prompt_at])
-        output = _tokens(source, line, form, form.output, row[output_at])
+        if form.arrival:
+            stamp = self._clock.one(line, form.arrival, row[at[form.arrival]])
+            if stamp < self._last_stamp:
+                source.refuse(line, form.arrival, row[at[form.arrival]], "a stamp not before the row above's")
+            self._last_stamp = stamp
+        prompt = _tokens(source, line, form, form.prompt, row[at[form.prompt]])
+        output = _tokens(source, line, form, form.output, row[at[form.output]])
+        self._read += 1
         reason = next((column for column, value in form.only.items() if row[at[column]] != value), None)
         if prompt == 0 or output == 0:
             reason = form.no_tokens
         if reason is not None:
-            dropped[reason] = dropped.get(reason, 0) + 1
-            continue
-        stamps.append(stamp)
-        prompts.append(prompt)
-        outputs.append(output)
-        if session_at is not None and form.elapsed:
-            turns.add(line, stamp, row[session_at], form.elapsed, row[at[form.elapsed]])
-    if not stamps:
-        _refuse_no_rows(source, line, dropped)
-    since_first = np.array(stamps) - stamps[0]
-    return Trace(
-        name=source.name,
-        arrival_s=since_first / (AZURE_TICKS_PER_S if form.azure_stamps else 1),
-        prompt_len=np.array(prompts),
-        output_len=np.array(outputs),
-        source_format=form.name,
-        rows_read=len(stamps) + sum(dropped.values()),
-        dropped=dropped,
-        sha256=source.sha256(),
-        sessions=turns.sessions(),
-        operations=() if form.arrival else ("no arrivals in the source: all at 0 s",),
-    )
+            self._dropped[reason] = self._dropped.get(reason, 0) + 1
+            return
+        self._stamps.append(stamp)
+        self._prompts.append(prompt)
+        self._outputs.append(output)
+        if form.session in at and form.elapsed:
+            self._turns.add(line, stamp, row[at[form.session]], form.elapsed, row[at[form.elapsed]])
+
+    def trace(self) -> Trace:
+        """All rows. Raises InputError without any."""
+        if not self._stamps:
+            _refuse_no_rows(self._source, 1 + self._read, self._dropped)
+        since_first = np.array(self._stamps) - self._stamps[0]
+        return Trace(
+            name=self._source.name,
+            arrival_s=since_first / (AZURE_TICKS_PER_S if self._form.azure_stamps else 1),
+            prompt_len=np.array(self._prompts),
+            output_len=np.array(self._outputs),
+            source_format=self._form.name,
+            rows_read=self._read,
+            dropped=self._dropped,
+            sha256=self._source.sha256(),
+            sessions=self._turns.sessions(),
+            operations=() if self._form.arrival else ("no arrivals in the source: all at 0 s",),
+        )
 
 
 class _Turns:
     """Sessions as their turns are read: the delay is what passed since the turn before had ended."""
 
     def __init__(self, source: Source) -> None:
-        self._seconds = _decimal(source)
+        self._seconds = _SecondsClock(source)
         self._index, self._delay_s = array("q"), array("d")
         self._numbers: dict[str, int] = {}
         self._end_s = array("d")
@@ -181,7 +227,7 @@ class _Turns:
             self._index.append(-1)
             self._delay_s.append(math.nan)
             return
-        end_s = stamp_s + self._seconds(line, field, elapsed)
+        end_s = stamp_s + self._seconds.one(line, field, elapsed)
         number = self._numbers.setdefault(session, len(self._numbers))
         self._index.append(number)
         if number == len(self._end_s):
@@ -218,40 +264,83 @@ def _tokens(source: Source, line: int, form: CsvFormat, field: str, text: str) -
     return int(text)
 
 
-def _decimal(source: Source) -> Stamp:
+def _all_counts(texts: Sequence[str]) -> IntArray | None:
+    """A column of token counts of at least 1, None if one is something else."""
+    digits = "".join(texts)
+    if not (digits.isascii() and digits.isdigit() and "" not in texts and max(map(len, texts)) <= 10):
+        return None
+    counts = np.fromiter(map(int, texts), np.int64, len(texts))
+    return counts if counts.min() >= 1 and counts.max() <= MAX_TOKENS else None
+
+
+class _Clock(Protocol):
+    """Reads the time stamps of a file, in ticks."""
+
+    def one(self, line: int, field: str, text: str) -> float:
+        """One of them. Raises InputError for what is none."""
+        ...
+
+    def all(self, texts: Sequence[str]) -> FloatArray | IntArray | None:
+        """A column of them, None if one of them is not right."""
+        ...
+
+
+class _SecondsClock:
     """Reads plain seconds."""
 
-    def parse(line: int, field: str, text: str) -> float:
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def one(self, line: int, field: str, text: str) -> float:
         if _DECIMAL.fullmatch(text) is None or not float(text) <= MAX_STAMP_S:
-            source.refuse(line, field, text, _DECIMAL_EXPECTED)
+            self._source.refuse(line, field, text, _DECIMAL_EXPECTED)
         return float(text)
 
-    return parse
+    def all(self, texts: Sequence[str]) -> FloatArray | None:
+        if None in map(_DECIMAL.fullmatch, texts):
+            return None
+        seconds = np.fromiter(map(float, texts), np.float64, len(texts))
+        return seconds if seconds.max() <= MAX_STAMP_S else None
 
 
-def _azure_stamp(source: Source) -> Stamp:
+class _AzureClock:
     """Reads Azure's dates as whole ticks, exactly; all with an offset, or none."""
-    first_zone: str | None = None
-    last_seconds, last_ticks = "", 0  # most rows share their second with the one above
 
-    def parse(line: int, field: str, text: str) -> int:
-        nonlocal first_zone, last_seconds, last_ticks
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._zone: str | None = None  # of the first stamp
+
+    def one(self, line: int, field: str, text: str) -> int:
         match = _STAMP.fullmatch(text)
         if match is None:
-            source.refuse(line, field, text, _STAMP_EXPECTED)
+            self._source.refuse(line, field, text, _STAMP_EXPECTED)
         seconds, fraction, zone = match.groups(default="")
-        if seconds != last_seconds:
-            try:
-                whole = datetime.fromisoformat(seconds) - datetime(1970, 1, 1)  # both naive: no local zone comes in
-            except ValueError:
-                source.refuse(line, field, text, _STAMP_EXPECTED)
-            last_seconds, last_ticks = seconds, (whole.days * 86_400 + whole.seconds) * AZURE_TICKS_PER_S
-        if first_zone not in (None, zone):
-            source.refuse(line, field, text, "all stamps with +00:00, or none")
-        first_zone = zone
-        return last_ticks + int(fraction.ljust(7, "0"))
+        try:
+            whole = datetime.fromisoformat(seconds) - datetime(1970, 1, 1)  # both naive: no local zone comes in
+        except ValueError:
+            self._source.refuse(line, field, text, _STAMP_EXPECTED)
+        if self._zone not in (None, zone):
+            self._source.refuse(line, field, text, "all stamps with +00:00, or none")
+        self._zone = zone
+        return (whole.days * 86_400 + whole.seconds) * AZURE_TICKS_PER_S + int(fraction.ljust(7, "0"))
 
-    return parse
+    def all(self, texts: Sequence[str]) -> IntArray | None:
+        matches = list(map(_STAMP.fullmatch, texts))
+        if None in matches:
+            return None
+        seconds, fractions, zones = zip(*(match.groups("") for match in matches if match), strict=True)
+        zone = zones[0] if self._zone is None else self._zone
+        if set(zones) != {zone}:
+            return None
+        try:
+            whole = np.array(seconds, dtype="datetime64[s]").astype(np.int64)
+        except ValueError:
+            return None
+        if whole.min() < _YEAR_1_S:  # numpy knows a year 0
+            return None
+        self._zone = zone
+        parts = np.fromiter((int(fraction.ljust(7, "0")) for fraction in fractions), np.int64, len(texts))
+        return whole * AZURE_TICKS_PER_S + parts
 
 
 def _refuse_no_rows(source: Source, line: int, dropped: dict[str, int]) -> None:

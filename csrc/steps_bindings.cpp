@@ -1,0 +1,107 @@
+// Names for Python; no logic.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "steps.hpp"
+
+namespace py = pybind11;
+using semipd::Axis;
+using semipd::Boundaries;
+using semipd::Curve;
+using semipd::Grid;
+using Floats = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Ints = py::array_t<std::int64_t, py::array::c_style>;
+
+namespace {
+
+std::vector<double> numbers(const Floats& array) { return {array.data(), array.data() + array.size()}; }
+
+Floats array(const std::vector<double>& numbers) { return Floats(numbers.size(), numbers.data()); }
+
+// The place, a number for each axis, as Python's arguments.
+std::vector<double> place(const Grid& grid, const py::args& given) {
+    if (given.size() != grid.axes.size()) throw py::type_error("expected a number for each axis");
+    std::vector<double> place;
+    place.reserve(given.size());
+    for (const py::handle& number : given) place.push_back(number.cast<double>());
+    return place;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_steps, m) {
+    m.doc() = "What steps cost and when they end; semipd.cost and semipd.sim say what for.";
+
+    py::class_<Axis>(m, "Axis")
+        .def(py::init<std::vector<double>, double, double, bool>(), py::arg("values"), py::arg("low"),
+             py::arg("high"), py::arg("log"))
+        .def_readonly("low", &Axis::low)
+        .def_readonly("high", &Axis::high)
+        .def(py::pickle(
+            [](const Axis& axis) { return py::make_tuple(axis.values, axis.low, axis.high, axis.log); },
+            [](const py::tuple& state) {
+                return Axis(state[0].cast<std::vector<double>>(), state[1].cast<double>(),
+                            state[2].cast<double>(), state[3].cast<bool>());
+            }));
+
+    py::class_<Grid>(m, "Grid")
+        .def(py::init([](std::vector<Axis> axes, const Floats& values) {
+                 return Grid(std::move(axes), numbers(values));
+             }),
+             py::arg("axes"), py::arg("values"))
+        .def_readonly("axes", &Grid::axes)
+        .def("number",
+             [](const Grid& grid, const py::args& given) {
+                 if (grid.width != 1) throw py::type_error("a grid of vectors");
+                 double blend = 0;
+                 const bool outside = grid.at(place(grid, given).data(), &blend);
+                 return std::pair(blend, outside);
+             })
+        .def("vector",
+             [](const Grid& grid, const py::args& given) {
+                 Floats blend(grid.width);
+                 const bool outside = grid.at(place(grid, given).data(), blend.mutable_data());
+                 return std::pair(blend, outside);
+             })
+        .def(py::pickle([](const Grid& grid) { return py::make_tuple(grid.axes, array(grid.values)); },
+                        [](const py::tuple& state) {
+                            return Grid(state[0].cast<std::vector<Axis>>(), numbers(state[1].cast<Floats>()));
+                        }));
+
+    py::class_<Curve>(m, "Curve")
+        .def(py::init(
+                 [](const Floats& kv_tokens, const Floats& seconds, double low, double high, bool outside) {
+                     return Curve(numbers(kv_tokens), numbers(seconds), low, high, outside);
+                 }),
+             py::arg("kv_tokens"), py::arg("seconds"), py::arg("low"), py::arg("high"), py::arg("outside"))
+        .def(
+            "at",
+            [](const Curve& curve, const Ints& kv_tokens) {
+                Floats seconds(kv_tokens.size());
+                const std::size_t outside =
+                    curve.at(kv_tokens.data(), kv_tokens.size(), seconds.mutable_data());
+                return std::pair(seconds, outside);
+            },
+            py::arg("kv_tokens"));
+
+    py::class_<Boundaries>(m, "Boundaries")
+        .def(py::init<double, std::size_t>(), py::arg("start_s"), py::arg("steps"))
+        .def_readwrite("begin_s", &Boundaries::begin_s)
+        .def_property_readonly("done", &Boundaries::done)
+        .def_property_readonly("steps", &Boundaries::steps)
+        .def_property_readonly("priced_to_s", &Boundaries::priced_to_s)
+        .def_property_readonly("end_s", &Boundaries::end_s)
+        .def_property_readonly("in_stretch", &Boundaries::in_stretch)
+        .def("reached", &Boundaries::reached, py::arg("now_s"))
+        .def("leave", &Boundaries::leave, py::arg("now_s"))
+        .def(
+            "price",
+            [](Boundaries& boundaries, const Floats& seconds) {
+                boundaries.price(seconds.data(), seconds.size());
+            },
+            py::arg("seconds"))
+        .def("price_evenly", &Boundaries::price_evenly, py::arg("seconds"), py::arg("steps"))
+        .def("stop", &Boundaries::stop, py::arg("now_s"))
+        .def("ends_s", [](const Boundaries& boundaries) { return array(boundaries.ends()); });
+}

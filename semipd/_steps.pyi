@@ -1,0 +1,92 @@
+"""What steps cost and when they end, compiled: where a simulated replay spends its time (csrc/steps.hpp)."""
+
+from collections.abc import Sequence
+
+from semipd.core import FloatArray, IntArray
+
+class Axis:
+    """The measured values of one variable of a grid, ascending; beyond ``low`` and ``high`` is outside the grid.
+
+    A number between two values is weighted by its distance to them, or with ``log`` by that of its logarithm.
+    """
+
+    def __init__(self, values: Sequence[float], low: float, high: float, log: bool) -> None: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+class Grid:
+    """Multilinear interpolation between points of a rectangular grid: exact on it, clamped to its edge outside.
+
+    ``values`` are numbers, or equally long vectors, in row-major order of the axes. Can be pickled. Raises ValueError
+    unless there is a point at every combination.
+    """
+
+    def __init__(self, axes: Sequence[Axis], values: FloatArray) -> None: ...
+    @property
+    def axes(self) -> list[Axis]: ...
+    def number(self, *place: float) -> tuple[float, bool]:
+        """The number at a place, and whether the place is outside. Raises TypeError for a grid of vectors."""
+
+    def vector(self, *place: float) -> tuple[FloatArray, bool]:
+        """The vector at a place, and whether the place is outside."""
+
+class Curve:
+    """Decode step time of one batch in one situation: piecewise linear between the knots, flat beyond them.
+
+    Outside ``low`` to ``high`` KV tokens is outside the grid; ``outside``: everywhere is.
+    """
+
+    def __init__(self, kv_tokens: FloatArray, seconds: FloatArray, low: float, high: float, outside: bool) -> None: ...
+    def at(self, kv_tokens: IntArray) -> tuple[FloatArray, int]:
+        """Seconds of each step, and how many are outside."""
+
+class Boundaries:
+    """When the steps of a run in flight end, as what they take changes under way.
+
+    A *stretch* is a time over which prices hold; it may begin within a step, of which the share that is left then goes
+    on at the new price. Ends are added up one by one, as those of single steps would be.
+    """
+
+    begin_s: float
+    """When the first step begins."""
+
+    def __init__(self, start_s: float, steps: int) -> None: ...
+    @property
+    def steps(self) -> int:
+        """Steps at which the run ends."""
+
+    @property
+    def done(self) -> int:
+        """Boundaries in earlier stretches."""
+
+    @property
+    def in_stretch(self) -> int:
+        """Boundaries known of the present stretch."""
+
+    @property
+    def priced_to_s(self) -> float:
+        """The last boundary known; minus infinity before the first price."""
+
+    @property
+    def end_s(self) -> float:
+        """The end of the run; infinite while that is further than was priced."""
+
+    def reached(self, now_s: float) -> int:
+        """Boundaries reached by now, one at this moment included."""
+
+    def leave(self, now_s: float) -> int:
+        """Leave the present stretch now, or at its last boundary if that comes first; how many steps it worked on."""
+
+    def price(self, seconds: FloatArray) -> None:
+        """Seconds of each of the next steps, of those that are left: the new stretch."""
+
+    def price_evenly(self, seconds: float, steps: int) -> None:
+        """Likewise, for so many steps that take the same."""
+
+    def stop(self, now_s: float) -> None:
+        """End at the first boundary from now on; that is now at a boundary other than the start."""
+
+    def ends_s(self) -> FloatArray:
+        """All boundaries that are known."""
