@@ -238,7 +238,7 @@ class DecodeFlight(Flight):
             self._table = wider
         for i in np.flatnonzero(pages[:n] > self._pages[:n]):
             self._sequences.grow(self._ids[i], int(self._kv_lens[i]))
-            self._table[i, : pages[i]] = blocks.of(self._ids[i])[: pages[i]]
+            self._table[i, self._pages[i] : pages[i]] = blocks.of(self._ids[i])[self._pages[i] : pages[i]]
         self._pages = pages
         mine = np.arange(self._table.shape[1]) < pages[:, None]
         ones = np.ones(len(pages), np.int64)

@@ -40,7 +40,12 @@ class History:
 
     def between(self, start: int, stop: int) -> IntArray:
         """Token ids of these positions, shape [stop - start]."""
-        return np.concatenate((self.prompt, np.array(self.generated, np.int64)))[start:stop]
+        own = len(self.prompt)
+        if stop <= own:
+            return self.prompt[start:stop]
+        if start >= own:
+            return np.array(self.generated[start - own : stop - own], np.int64)
+        return np.concatenate((self.prompt[start:], np.array(self.generated[: stop - own], np.int64)))
 
     def add(self, position: int, tokens: Iterable[int]) -> None:
         """Tokens generated from that position on."""
