@@ -13,14 +13,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from semipd.core import StepRecord
     from semipd.trace import Trace
 
-HERE = str(Path(__file__).resolve().parents[1])
 COLUMNS = ("requests", "runs", "steps", "tokens", "wall_s", "cpu_s", "loop_s", "requests_per_s", "peak_mb")
 
 
@@ -33,7 +31,9 @@ def main() -> None:
     parser.add_argument("--policy", default="static-64", help="[default: static-64]")
     parser.add_argument("--profile", default=None, help="profile [default: that of semipd compare]")
     parser.add_argument("--single-steps", action="store_true", help="one decode step a run: the plain per-token loop")
-    parser.add_argument("--against", metavar="DIR", help="in turns with another checkout, for a ratio of CPU times")
+    parser.add_argument(
+        "--against", metavar="DIR", help="in turns with another checkout, built in place, for a ratio of CPU times"
+    )
     parser.add_argument("--repeat", type=int, default=1, help="times that each is run [default: 1]")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -42,26 +42,26 @@ def main() -> None:
         return
     print(*(f"{name:>14}" for name in COLUMNS), "  checkout")
     for requests in args.requests or [None]:
-        cpu_s: dict[str, float] = {}
+        cpu_s: dict[str | None, float] = {}
         for _ in range(args.repeat):
-            for checkout in (HERE, args.against) if args.against else (HERE,):
+            for checkout in (None, args.against) if args.against else (None,):
                 row = measured(args, requests, checkout)
                 cpu_s[checkout] = min(cpu_s.get(checkout, float("inf")), row["cpu_s"])
                 columns = (f"{row[name]:14,.{2 * isinstance(row[name], float)}f}" for name in COLUMNS)
-                print(*columns, f"  {checkout}", flush=True)
+                print(*columns, f"  {checkout or 'this one'}", flush=True)
         if args.against:
-            print(f"CPU time of {args.against} / that of {HERE}: {cpu_s[args.against] / cpu_s[HERE]:.2f}")
+            print(f"CPU time of {args.against} / that of this one: {cpu_s[args.against] / cpu_s[None]:.2f}")
 
 
-def measured(args: argparse.Namespace, requests: int | None, checkout: str) -> dict[str, Any]:
-    """One replay in a process of its own, by the code in a checkout."""
+def measured(args: argparse.Namespace, requests: int | None, checkout: str | None) -> dict[str, Any]:
+    """One replay in a process of its own, by the code in a checkout; None for what is installed or beside this."""
     command = [sys.executable, __file__, "--child", "--trace", args.trace, "--policy", args.policy]
     command += ["--rate-scale", str(args.rate_scale)]
     command += ["--requests", str(requests)] if requests is not None else []
     command += ["--profile", args.profile] if args.profile else []
     command += ["--single-steps"] if args.single_steps else []
     start_s = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": checkout}
+    environment = {**os.environ, **({"PYTHONPATH": checkout} if checkout else {})}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         said = process.stdout.read()
