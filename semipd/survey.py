@@ -263,7 +263,8 @@ class Survey:
     def missing_modes(self) -> tuple[str, ...]:
         """Ways of sharing that the profile has no rows of."""
         measured = {p.mode for p in self.profile.hybrid.points}
-        return (*(mode for mode in MODES if mode not in measured), "mixed (fused chunks)")
+        fused = self.profile.mixed is not None and self.profile.mixed.points
+        return (*(mode for mode in MODES if mode not in measured), *(() if fused else ("mixed (fused chunks)",)))
 
     @property
     def source(self) -> Source:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,10 @@ def interrupted(words: list[str], after: Path | None = None, wait_s: float = 1.0
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program += "from semipd.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, *words]
-    with subprocess.Popen(command, env=elsewhere(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    # In another folder, for the checkout's package would come first, without its compiled modules.
+    with subprocess.Popen(
+        command, env=elsewhere(), cwd=tempfile.gettempdir(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
         assert process.stderr is not None
         while after is not None and not after.exists() and process.poll() is None:
             time.sleep(0.01)

@@ -129,6 +129,16 @@ def read_csv(source: Source, lines: Lines, form: CsvFormat) -> Trace:
     return rows.trace()
 
 
+def _ticks_in_s(ticks: IntArray) -> FloatArray:
+    """Seconds of Azure's ticks, of which a double holds those of 28 years."""
+    if ticks.max() < 2**53:
+        direct: FloatArray = ticks / AZURE_TICKS_PER_S
+        return direct
+    whole, rest = np.divmod(ticks, AZURE_TICKS_PER_S)
+    summed: FloatArray = whole + rest / AZURE_TICKS_PER_S
+    return summed
+
+
 class _Rows:
     """The columns of a CSV trace, as its rows are read."""
 
@@ -201,7 +211,7 @@ class _Rows:
         since_first = np.array(self._stamps) - self._stamps[0]
         return Trace(
             name=self._source.name,
-            arrival_s=since_first / (AZURE_TICKS_PER_S if self._form.azure_stamps else 1),
+            arrival_s=_ticks_in_s(since_first) if self._form.azure_stamps else since_first,
             prompt_len=np.array(self._prompts),
             output_len=np.array(self._outputs),
             source_format=self._form.name,
