@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[st
 def test_an_unknown_field_on_top_is_answered_with_the_known_ones() -> None:
     assert refusal({"sead": 1}) == (
         "c.yaml: sead: unknown; expected one of model, policy, predictor_error, predictor_seed, profile, scheduler, "
-        "slo, strict, trace, weights"
+        "slo, strict, trace, variation_seed, weights"
     )
 
 
