@@ -106,11 +106,12 @@ class Curve {
             throw std::invalid_argument("a curve needs as many knots as times");
     }
 
-    // Writes the seconds of each; how many are outside.
-    std::size_t at(const std::int64_t* kv_tokens, std::size_t count, double* seconds) const {
+    // Writes the seconds of so many steps, each of which reads `more` tokens more than the one before; how many
+    // are outside.
+    std::size_t at(std::int64_t kv_tokens, std::int64_t more, std::size_t count, double* seconds) const {
         std::size_t outside = 0, knot = 0;
-        for (std::size_t i = 0; i < count; ++i) {
-            const auto x = static_cast<double>(kv_tokens[i]);
+        for (std::size_t i = 0; i < count; ++i, kv_tokens += more) {
+            const auto x = static_cast<double>(kv_tokens);
             knot = find(x, knot);
             seconds[i] = between(x, knot);
             outside += outside_ || x < low_ || x > high_;
@@ -118,10 +119,18 @@ class Curve {
         return outside;
     }
 
+    // This curve with the time at each knot multiplied by what a grid of vectors has for it at a place.
+    Curve times(const Grid& grid, const double* place, double low, double high) const {
+        if (grid.width != seconds_.size()) throw std::invalid_argument("a factor for each knot is needed");
+        std::vector<double> factors(grid.width);
+        const bool outside = grid.at(place, factors.data());
+        for (std::size_t i = 0; i < factors.size(); ++i) factors[i] *= seconds_[i];
+        return {kv_, std::move(factors), low, high, outside_ || outside};
+    }
+
   private:
     // Last knot that is not above x (the first one if none is); mostly that of the step before, or the next.
     std::size_t find(double x, std::size_t knot) const {
-        if (kv_[knot] > x) knot = 0;
         while (knot + 1 < kv_.size() && kv_[knot + 1] <= x) ++knot;
         return knot;
     }
@@ -148,8 +157,9 @@ class Boundaries {
 
     double begin_s;
 
-    // Boundaries in earlier stretches.
+    // Boundaries in earlier stretches, and those that are left.
     std::size_t done() const { return done_; }
+    std::size_t left() const { return steps_ - done_; }
     std::size_t steps() const { return steps_; }
     // The last boundary known; minus infinity before the first price.
     double priced_to_s() const { return priced_to_s_; }

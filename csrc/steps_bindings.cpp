@@ -11,7 +11,6 @@ using semipd::Boundaries;
 using semipd::Curve;
 using semipd::Grid;
 using Floats = py::array_t<double, py::array::c_style | py::array::forcecast>;
-using Ints = py::array_t<std::int64_t, py::array::c_style>;
 
 namespace {
 
@@ -77,13 +76,18 @@ PYBIND11_MODULE(_steps, m) {
              py::arg("kv_tokens"), py::arg("seconds"), py::arg("low"), py::arg("high"), py::arg("outside"))
         .def(
             "at",
-            [](const Curve& curve, const Ints& kv_tokens) {
-                Floats seconds(kv_tokens.size());
-                const std::size_t outside =
-                    curve.at(kv_tokens.data(), kv_tokens.size(), seconds.mutable_data());
+            [](const Curve& curve, std::int64_t kv_tokens, std::int64_t more, std::size_t steps) {
+                Floats seconds(steps);
+                const std::size_t outside = curve.at(kv_tokens, more, steps, seconds.mutable_data());
                 return std::pair(seconds, outside);
             },
-            py::arg("kv_tokens"));
+            py::arg("kv_tokens"), py::arg("more"), py::arg("steps"))
+        .def(
+            "times",
+            [](const Curve& curve, const Grid& grid, double low, double high, const py::args& given) {
+                return curve.times(grid, place(grid, given).data(), low, high);
+            },
+            py::arg("grid"), py::arg("low"), py::arg("high"));
 
     py::class_<Boundaries>(m, "Boundaries")
         .def(py::init<double, std::size_t>(), py::arg("start_s"), py::arg("steps"))
@@ -94,7 +98,13 @@ PYBIND11_MODULE(_steps, m) {
         .def_property_readonly("end_s", &Boundaries::end_s)
         .def_property_readonly("in_stretch", &Boundaries::in_stretch)
         .def("reached", &Boundaries::reached, py::arg("now_s"))
-        .def("leave", &Boundaries::leave, py::arg("now_s"))
+        .def(
+            "leave",
+            [](Boundaries& boundaries, double now_s) {
+                const std::size_t worked = boundaries.leave(now_s);
+                return py::make_tuple(worked, boundaries.done(), boundaries.left());
+            },
+            py::arg("now_s"))
         .def(
             "price",
             [](Boundaries& boundaries, const Floats& seconds) {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from semipd.core import FloatArray, IntArray
+from semipd.core import FloatArray
 
 class Axis:
     """The measured values of one variable of a grid, ascending; beyond ``low`` and ``high`` is outside the grid.
@@ -39,8 +39,16 @@ class Curve:
     """
 
     def __init__(self, kv_tokens: FloatArray, seconds: FloatArray, low: float, high: float, outside: bool) -> None: ...
-    def at(self, kv_tokens: IntArray) -> tuple[FloatArray, int]:
-        """Seconds of each step, and how many are outside."""
+    def at(self, kv_tokens: int, more: int, steps: int) -> tuple[FloatArray, int]:
+        """Seconds of so many steps, each reading ``more`` tokens more than the one before; how many are outside."""
+
+    def times(self, grid: Grid, low: float, high: float, *place: float) -> Curve:
+        """This curve with the time at each knot multiplied by what a grid of vectors has for it at a place.
+
+        ``low`` and ``high`` are those of the new curve.
+
+        Raises ValueError unless the vectors have a number for each knot.
+        """
 
 class Boundaries:
     """When the steps of a run in flight end, as what they take changes under way.
@@ -76,8 +84,11 @@ class Boundaries:
     def reached(self, now_s: float) -> int:
         """Boundaries reached by now, one at this moment included."""
 
-    def leave(self, now_s: float) -> int:
-        """Leave the present stretch now, or at its last boundary if that comes first; how many steps it worked on."""
+    def leave(self, now_s: float) -> tuple[int, int, int]:
+        """Leave the present stretch now, or at its last boundary if that comes first.
+
+        How many steps it worked on, how many boundaries have been reached, and how many are left.
+        """
 
     def price(self, seconds: FloatArray) -> None:
         """Seconds of each of the next steps, of those that are left: the new stretch."""

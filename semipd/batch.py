@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from semipd.core import FUSED, PREFILL, Allocation, PrefillShape, Request, Run
 from semipd.kv_cache import BlockManager
@@ -23,17 +22,28 @@ class Sequence:
         self.base = 0  # while decoding: cached tokens less the scheduler's count of decode steps
 
 
-@dataclass(slots=True, eq=False)
 class PrefillBatch:
     """Sequences whose next tokens go through the layers together; ``layers`` are left."""
 
-    sequences: tuple[Sequence, ...]
-    new_tokens: tuple[int, ...]
-    context_lens: tuple[int, ...]
-    emits: tuple[bool, ...]
-    blocks: int
-    shape: PrefillShape
-    layers: int
+    __slots__ = ("blocks", "context_lens", "emits", "layers", "new_tokens", "sequences", "shape")
+
+    def __init__(
+        self,
+        sequences: tuple[Sequence, ...],
+        new_tokens: tuple[int, ...],
+        context_lens: tuple[int, ...],
+        emits: tuple[bool, ...],
+        blocks: int,
+        shape: PrefillShape,
+        layers: int,
+    ) -> None:
+        self.sequences = sequences
+        self.new_tokens = new_tokens
+        self.context_lens = context_lens
+        self.emits = emits
+        self.blocks = blocks
+        self.shape = shape
+        self.layers = layers
 
     @property
     def requests(self) -> tuple[Request, ...]:

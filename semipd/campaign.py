@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from semipd.config import ProfileConfig
-from semipd.core import NO_OVERHEADS, Overheads
 from semipd.cost import TableCost
 from semipd.executor import Executor
 from semipd.holdout import measure, trials
 from semipd.model_config import ModelConfig
+from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.profile import ProfileHeader
 from semipd.profiler import Progress, within
 from semipd.profiling import (

@@ -5,14 +5,14 @@ on one partition; it is made of *steps* (for prefill one layer, for decode one t
 batch) and can be interrupted at a step boundary.
 
 Nothing here is changed once it is made. What a replay makes by the million is a named tuple where it is compared and
-hashed, and otherwise not ``frozen``, since that makes it several times as slow to make.
+hashed. Otherwise it is not ``frozen`` and has a constructor that is written out, and so compiled with the rest of the
+module: either is several times as fast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from math import inf
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -116,7 +116,7 @@ class PrefillShape(NamedTuple):
     @staticmethod
     def of(new_tokens: tuple[int, ...], context_lens: tuple[int, ...]) -> PrefillShape:
         """Shape of a ragged batch: new tokens and cached tokens of each prompt."""
-        pairs = sum(q * (c + q / 2) for q, c in zip(new_tokens, context_lens, strict=True))
+        pairs = sum([q * (context_lens[i] + q / 2) for i, q in enumerate(new_tokens)])
         return PrefillShape(sum(new_tokens), pairs)
 
 
@@ -127,7 +127,7 @@ class DecodeShape(NamedTuple):
     kv_tokens: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, init=False)
 class Run:
     """Work to launch: a phase, its requests and the partition it runs on.
 
@@ -150,8 +150,32 @@ class Run:
     sms: int
     max_steps: int
     allocation: Allocation
-    emits: tuple[bool, ...] = ()
-    decodes: int = 0
+    emits: tuple[bool, ...]
+    decodes: int
+
+    def __init__(
+        self,
+        id: int,  # noqa: A002 - what it is called
+        phase: Phase,
+        requests: tuple[Request, ...],
+        new_tokens: tuple[int, ...],
+        context_lens: tuple[int, ...],
+        sms: int,
+        max_steps: int,
+        allocation: Allocation,
+        emits: tuple[bool, ...] = (),
+        decodes: int = 0,
+    ) -> None:
+        self.id = id
+        self.phase = phase
+        self.requests = requests
+        self.new_tokens = new_tokens
+        self.context_lens = context_lens
+        self.sms = sms
+        self.max_steps = max_steps
+        self.allocation = allocation
+        self.emits = emits
+        self.decodes = decodes
 
     @property
     def prefill_shape(self) -> PrefillShape:
@@ -168,7 +192,7 @@ class Run:
         return DecodeShape(batch, sum(self.context_lens[:batch]) + batch)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, init=False)
 class StepRecord:
     """What a run did: it started at ``start_s`` and completed a step at each of ``ends_s``.
 
@@ -179,9 +203,25 @@ class StepRecord:
     run: Run
     start_s: float
     ends_s: FloatArray
-    finished: tuple[int, ...] = ()
-    lookups: int = 0
-    extrapolated: int = 0
+    finished: tuple[int, ...]
+    lookups: int
+    extrapolated: int
+
+    def __init__(
+        self,
+        run: Run,
+        start_s: float,
+        ends_s: FloatArray,
+        finished: tuple[int, ...] = (),
+        lookups: int = 0,
+        extrapolated: int = 0,
+    ) -> None:
+        self.run = run
+        self.start_s = start_s
+        self.ends_s = ends_s
+        self.finished = finished
+        self.lookups = lookups
+        self.extrapolated = extrapolated
 
     @property
     def steps(self) -> int:
@@ -194,35 +234,7 @@ class StepRecord:
         return self.ends_s.item(-1) if len(self.ends_s) else self.start_s
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overheads:
-    """Host time that is in no step, milliseconds, as profile.json has it.
-
-    ``*_start_ms``: from the launch of a run that is not the plain continuation of its predecessor until its first step
-    begins. ``switch_ms``: from a change of allocation until anything can start at the new one.
-    """
-
-    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, in profiles
-
-    prefill_start_ms: float = 0.0
-    decode_start_ms: float = 0.0
-    mixed_start_ms: float = 0.0
-    switch_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < inf:
-                raise ValueError(f"{name}: found {value}; expected zero or more")
-
-    def start_s(self, phase: Phase) -> float:
-        """Seconds from the launch of a run of this phase until its first step begins."""
-        return float(getattr(self, f"{phase.value}_start_ms")) / 1e3
-
-
-NO_OVERHEADS = Overheads()
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Load:
     """All that a policy may know when it decides. Output lengths are not in it (law 7).
 
@@ -238,6 +250,26 @@ class Load:
     decode: DecodeShape | None
     kv_free_share: float
     split: Allocation | None
+
+    def __init__(
+        self,
+        now_s: float,
+        waiting_requests: int,
+        waiting_tokens: int,
+        oldest_wait_s: float,
+        prefill: PrefillShape | None,
+        decode: DecodeShape | None,
+        kv_free_share: float,
+        split: Allocation | None,
+    ) -> None:
+        self.now_s = now_s
+        self.waiting_requests = waiting_requests
+        self.waiting_tokens = waiting_tokens
+        self.oldest_wait_s = oldest_wait_s
+        self.prefill = prefill
+        self.decode = decode
+        self.kv_free_share = kv_free_share
+        self.split = split
 
 
 @dataclass(frozen=True, slots=True)

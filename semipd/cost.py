@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from semipd._steps import Axis, Curve, Grid
-from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Mode, PrefillShape
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
 from semipd.grid import axis, axis_values
 from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
 
@@ -64,9 +64,9 @@ class CostModel(Protocol):
         ...
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
-        """Seconds of each decode step, for a batch that reads ``kv_tokens[i]`` cached tokens in step i.
+        """Seconds of each of so many decode steps, the first of that shape; each reads ``batch`` tokens more.
 
         The count says how many of the look-ups fell outside the measured grid. Raises KeyError likewise.
         """
@@ -119,11 +119,11 @@ class ConstantCost:
         return self.prefill_layer_s, False
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """``decode_step_s`` for every step."""
-        del batch, at, beside
-        return np.full(len(kv_tokens), self.decode_step_s), 0
+        del shape, at, beside
+        return np.full(steps, self.decode_step_s), 0
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         """The layers of a prefill batch and a decode step, one after the other."""
@@ -150,10 +150,10 @@ class Misjudged:
         return seconds * self._factor(0, at), outside
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """See ``CostModel.decode_s``."""
-        seconds, outside = self._cost.decode_s(batch, kv_tokens, at, beside)
+        seconds, outside = self._cost.decode_s(shape, at, beside, steps)
         return seconds * self._factor(1, at), outside
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
@@ -340,10 +340,11 @@ class TableCost:
         return seconds * slowdown, outside or also
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """Seconds of each decode step, alone or beside a prefill batch; see ``CostModel.decode_s``."""
-        return self._curve(batch, at, beside).at(kv_tokens)
+        batch, kv_tokens = shape
+        return self._curve(batch, at, beside).at(kv_tokens, batch, steps)
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one fused step; see ``CostModel.mixed_s``."""
@@ -396,14 +397,14 @@ class TableCost:
             layer_s, outside = solo.at_batch.vector(batch)
             return Curve(solo.kv_tokens, layer_s * self.layers, solo.kv.low, solo.kv.high, outside)
         shared = self._sharing(at)
-        layer_s, outside = self._alone(batch, at)
-        slowdown, also = shared.decode.vector(beside.tokens, beside.mean_context, batch)
-        seconds = layer_s * slowdown * self.layers
-        return Curve(shared.kv_tokens, seconds, shared.low, shared.high, outside or also)
+        alone, tokens, context = self._alone(batch, at), beside.tokens, beside.mean_context
+        return alone.times(shared.decode, shared.low, shared.high, tokens, context, batch)
 
-    def _decode_alone(self, batch: int, at: Allocation) -> tuple[FloatArray, bool]:
-        """Seconds of a layer alone, at the knots at which it is known beside prefill; whether that is outside."""
-        return self._sharing(at).solo.vector(batch)
+    def _decode_alone(self, batch: int, at: Allocation) -> Curve:
+        """Decode alone, with the knots at which it is known beside prefill."""
+        shared = self._sharing(at)
+        layer_s, outside = shared.solo.vector(batch)
+        return Curve(shared.kv_tokens, layer_s * self.layers, shared.low, shared.high, outside)
 
     def _sharing(self, at: Allocation) -> Contention:
         found = self._contention.get(at)

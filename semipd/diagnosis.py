@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import numpy as np
-
-from semipd.core import Allocation, Mode
+from semipd.core import Allocation, DecodeShape, Mode
 from semipd.cost import CostModel
 
 Bound: TypeAlias = Literal["KV", "queue", "SMs", "bandwidth"]
@@ -80,6 +78,6 @@ def _wants_sms(cost: CostModel, at: Allocation, batch: float, context_tokens: fl
         return False
     whole = Allocation(Mode.EXCLUSIVE, cost.device_sms, cost.device_sms)
     sequences = max(1, round(batch))
-    kv_tokens = np.array([max(1, round(sequences * context_tokens))])
-    here_s, whole_s = (cost.decode_s(sequences, kv_tokens, where, None)[0].item(0) for where in (at, whole))
+    shape = DecodeShape(sequences, max(1, round(sequences * context_tokens)))
+    here_s, whole_s = [cost.decode_s(shape, where, None)[0].item(0) for where in (at, whole)]
     return bool(here_s > HELPS * whole_s)

@@ -80,8 +80,8 @@ def output_left(run: Run) -> tuple[int, ...]:
 
     Raises ValueError for a sequence that has all of them.
     """
-    batch = zip(run.requests, run.context_lens, strict=True)
-    left = tuple([r.prompt_len + r.output_len - 1 - cached for r, cached in batch])
+    cached = run.context_lens
+    left = tuple([r.prompt_len + r.output_len - 1 - cached[i] for i, r in enumerate(run.requests)])
     if min(left) < 1:
         done = run.requests[left.index(min(left))]
         raise ValueError(f"decode run {run.id}: request {done.id} has all its {done.output_len} tokens of output")

@@ -36,7 +36,7 @@ class Times(Protocol):
         ...
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """See ``CostModel.decode_s``."""
         ...
@@ -64,18 +64,18 @@ class SoloOnly:
         return self.times.prefill_s(shape, at, None)
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """Alone."""
         del beside
-        return self.times.decode_s(batch, kv_tokens, at, None)
+        return self.times.decode_s(shape, at, None, steps)
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         """All layers of the prompts, then the decode step."""
         seconds, outside = self.times.prefill_s(chunk, self.device, None)
         seconds *= self.layers
         if decode is not None:
-            step_s, beyond = self.times.decode_s(decode.batch, np.array([decode.kv_tokens]), self.device, None)
+            step_s, beyond = self.times.decode_s(decode, self.device, None)
             seconds, outside = seconds + float(step_s[0]), outside or beyond > 0
         return seconds, outside
 
@@ -270,7 +270,7 @@ def predicted(model: Times, phase: str, trial: Trial) -> tuple[float, bool]:
         return seconds * 1e3, outside
     if decode is None:
         raise ValueError(f"{phase}: this trial has no such batch")
-    steps_s, beyond = model.decode_s(decode.batch, np.array([decode.kv_tokens]), trial.at, prefill)
+    steps_s, beyond = model.decode_s(decode, trial.at, prefill)
     return float(steps_s[0]) * 1e3 / model.layers, beyond > 0
 
 

@@ -6,10 +6,8 @@ PagedAttention (arXiv 2309.06180, section 4).
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from itertools import accumulate
 from math import lcm
 
 from semipd.core import Request
@@ -191,11 +189,13 @@ class BlockManager:
         """Steps that the decode batch can still grow. Raises ValueError for an empty batch, which never fills up."""
         if not self._offsets:
             raise ValueError("the decode batch is empty")
+        size, counts = self.block_size, self._by_offset
         cycles, left = divmod(self.available, len(self._offsets))
-        last = -self._step % self.block_size + 1
-        crossings = self._by_offset[last:] + self._by_offset[:last]  # a whole cycle of steps, from its end
-        crossings.reverse()
-        return cycles * self.block_size + bisect_right(list(accumulate(crossings)), left)
+        steps = cycles * size
+        while left >= 0:
+            left -= counts[-(self._step + steps) % size]
+            steps += 1
+        return steps - 1
 
     def check_integrity(self) -> None:
         """Recount. Raises RuntimeError when free, cached and held blocks are not all the blocks there are."""

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from semipd.core import NO_OVERHEADS, InputError, Overheads
+from semipd.core import InputError
 from semipd.cost import TableCost
+from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.sweep import (
     DecodePoint,
     HybridPoint,

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from semipd.config import DecodeAxes, ProfileConfig
-from semipd.core import Allocation, DecodeShape, InputError, Mode, Overheads, Phase, PrefillShape
+from semipd.core import Allocation, DecodeShape, InputError, Mode, Phase, PrefillShape
 from semipd.cost import CostModel
+from semipd.overheads import Overheads
 from semipd.profiler import Progress
 from semipd.rectangle import Place, Probe, Rectangle
 from semipd.roofline import RooflineCost
@@ -350,7 +349,7 @@ def relative_error(cost: CostModel, cell: Cell, point: Any) -> float:
     if p:
         found.append(beyond(cost.prefill_s(p, at, d)[0], "prefill_" if d else ""))
     if d:
-        step_s = cost.decode_s(d.batch, np.array([d.kv_tokens]), at, p)[0][0]
+        step_s = cost.decode_s(d, at, p)[0][0]
         found.append(beyond(step_s / cost.layers, "decode_" if p else ""))
     return max(found)
 
@@ -452,7 +451,7 @@ def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> flo
         steps_s = [roofline.mixed_s(p, d)[0]]
     else:
         steps_s += [roofline.prefill_s(p, at, None)[0]] if p else []
-        steps_s += [float(roofline.decode_s(d.batch, np.array([d.kv_tokens]), at, None)[0][0])] if d else []
+        steps_s += [float(roofline.decode_s(d, at, None)[0][0])] if d else []
     load_s = (config.settle_ms + config.measure_ms) / 1e3
     slow_s = max(steps_s)
     return max(load_s, min((STEPS + 2) * slow_s, config.limit_ms / 1e3), (FEW_STEPS + 2) * slow_s) + HOST_S

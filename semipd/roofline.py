@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, PrefillShape
+from semipd.core import Allocation, DecodeShape, FloatArray, PrefillShape
 from semipd.model_config import ModelConfig
 from semipd.sweep import DecodePoint, PrefillPoint
 
@@ -39,19 +39,20 @@ class RooflineCost:
         return self._seconds(flops, self.model.weights_bytes / self.layers, at.prefill_sms), False
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """Seconds of each step; see ``CostModel.decode_s``."""
         del beside
-        steps = [
+        batch, first = shape
+        seconds = [
             self._seconds(
-                decode_flops(self.model, DecodeShape(batch, int(kv))),
-                self.model.weights_bytes + int(kv) * self.model.kv_bytes_per_token,
+                decode_flops(self.model, DecodeShape(batch, kv_tokens)),
+                self.model.weights_bytes + kv_tokens * self.model.kv_bytes_per_token,
                 at.decode_sms,
             )
-            for kv in kv_tokens
+            for kv_tokens in range(first, first + batch * steps, batch)
         ]
-        return np.array(steps), 0
+        return np.array(seconds), 0
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of a fused step; see ``CostModel.mixed_s``."""

@@ -61,15 +61,19 @@ class SchedulerConfig:
             raise ValueError(f"prefix_block_size: found {self.prefix_block_size}; expected at least 0")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, init=False)
 class Plan:
     """What to do now: ask runs in flight to yield, or launch new ones; never both.
 
     What ends at this very moment because it was asked to is thus known before anything is launched.
     """
 
-    yields: tuple[int, ...] = ()
-    launches: tuple[Run, ...] = ()
+    yields: tuple[int, ...]
+    launches: tuple[Run, ...]
+
+    def __init__(self, yields: tuple[int, ...] = (), launches: tuple[Run, ...] = ()) -> None:
+        self.yields = yields
+        self.launches = launches
 
 
 NOTHING = Plan()

@@ -10,19 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeAlias, TypeVar
 
-import numpy as np
 import simpy
 
 from semipd._steps import Boundaries
 from semipd.core import (
     DECODE,
     FUSED,
-    NO_OVERHEADS,
     Allocation,
     DecodeShape,
     FloatArray,
     InputError,
-    Overheads,
     Phase,
     PrefillShape,
     Run,
@@ -30,6 +27,7 @@ from semipd.core import (
 )
 from semipd.cost import CostModel
 from semipd.executor import check_launch, finished_by_prefill, output_left
+from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.variation import Variation
 
 Own = TypeVar("Own")
@@ -237,7 +235,7 @@ class SimExecutor:
     def _go_on_to(self, at_s: float) -> None:
         """Move the clock. Nothing happens until then: what ends, and when, is known of all that is in flight."""
         env = self._env
-        env.timeout(max(at_s - env.now, 0.0))
+        simpy.Timeout(env, max(at_s - env.now, 0.0))
         env.step()
         self._now_s = at_s
 
@@ -251,6 +249,7 @@ class Flight(ABC, Generic[Other]):
             "_beside",
             "_clamped",
             "_extrapolated",
+            "_first",
             "_lookups",
             "_outside",
             "_priced",
@@ -264,7 +263,8 @@ class Flight(ABC, Generic[Other]):
         self.run = run
         self.steps = Boundaries(now_s, steps)
         self._start_s = now_s
-        self._priced = 0  # look-ups of the present stretch
+        self._first = 0  # step of the present stretch
+        self._priced = 0  # look-ups of it
         self._outside = 0  # of these, outside the measured grid
         self._beside: Other | None = None
         self._lookups = 0
@@ -305,11 +305,10 @@ class Flight(ABC, Generic[Other]):
         steps = self.steps
         if now_s < steps.priced_to_s and (beside is self._beside or beside == self._beside):
             return
-        before = steps.done
-        if worked := steps.leave(now_s):
-            self._count(cost, before, worked)
-        self._beside, first = beside, steps.done
-        self._priced = min(steps.steps - first, STRETCH_STEPS)
+        worked, first, left = steps.leave(now_s)
+        if worked:
+            self._count(cost, worked)
+        self._beside, self._first, self._priced = beside, first, min(left, STRETCH_STEPS)
         seconds, self._outside = self.price(cost, first, self._priced, beside)
         if self._variation is not None:
             run, at = self.run, self._before + first
@@ -323,17 +322,17 @@ class Flight(ABC, Generic[Other]):
         """What the run did; it has ended."""
         steps = self.steps
         if worked := steps.in_stretch:
-            self._count(cost, steps.done, worked)
+            self._count(cost, worked)
         return StepRecord(
             self.run, self._start_s, steps.ends_s(), self.finished(steps.steps), self._lookups, self._extrapolated
         )
 
-    def _count(self, cost: CostModel, first: int, steps: int) -> None:
-        """Count the look-ups of so many steps of a stretch, which were worked on."""
+    def _count(self, cost: CostModel, steps: int) -> None:
+        """Count the look-ups of so many steps of the present stretch, which were worked on."""
         self._lookups += steps
         if self._outside:
-            whole = steps == self._priced
-            outside = self._outside if whole else self.price(cost, first, steps, self._beside)[1]
+            first = self._first
+            outside = self._outside if steps == self._priced else self.price(cost, first, steps, self._beside)[1]
             self._extrapolated += outside
             if outside and self._clamped is None:
                 self._clamped = first, first + steps - 1, self._beside
@@ -422,9 +421,7 @@ class DecodeFlight(Flight[PrefillShape]):
 
     def price(self, cost: CostModel, first: int, steps: int, beside: PrefillShape | None) -> tuple[FloatArray, int]:
         """Each step reads one token more of every sequence."""
-        start = self._cached + self._batch * (first + 1)
-        kv_tokens = np.arange(start, start + self._batch * steps, self._batch)
-        return cost.decode_s(self._batch, kv_tokens, self.run.allocation, beside)
+        return cost.decode_s(self.shape(first), self.run.allocation, beside, steps)
 
     def place(self, step: int, beside: PrefillShape | None) -> Place:
         """With the KV tokens that the step reads."""

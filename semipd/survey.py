@@ -180,7 +180,7 @@ class Prices:
         return Time(seconds, _source(known, outside))
 
     def _decode_s(self, mode: str, at: Allocation, place: Place, beside: PrefillShape | None, known: bool) -> Time:
-        seconds, outside = self._costs[mode].decode_s(place.batch, np.array([place.kv_tokens]), at, beside)
+        seconds, outside = self._costs[mode].decode_s(place.decode, at, beside)
         return Time(float(seconds[0]), _source(known, bool(outside)))
 
 

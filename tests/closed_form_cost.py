@@ -9,7 +9,7 @@ from math import ceil
 import numpy as np
 from synthetic_profile import decode_ms, decode_slowdown, prefill_ms, prefill_slowdown
 
-from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Mode, PrefillShape
+from semipd.core import Allocation, DecodeShape, FloatArray, Mode, PrefillShape
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,21 @@ class ClosedFormCost:
         return alone_ms / 1e3, False
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
-        alone_ms = np.array([decode_ms(batch, int(kv), at.decode_sms, self.device_sms) for kv in kv_tokens])
+        batch, first = shape
+        kv_tokens = range(first, first + batch * steps, batch)
+        alone_ms = np.array([decode_ms(batch, kv, at.decode_sms, self.device_sms) for kv in kv_tokens])
         if beside is not None:
             place = (beside.tokens, max(beside.mean_context, 1), batch)
-            alone_ms *= self._harder(at) * np.array([decode_slowdown(*place, int(kv)) for kv in kv_tokens])
+            alone_ms *= self._harder(at) * np.array([decode_slowdown(*place, kv) for kv in kv_tokens])
         return alone_ms * self.layers / 1e3, 0
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         whole = Allocation(Mode.EXCLUSIVE, self.device_sms, self.device_sms)
         seconds = self.prefill_s(chunk, whole, None)[0] * self.layers
         if decode is not None:
-            seconds += float(self.decode_s(decode.batch, np.array([decode.kv_tokens]), whole, None)[0][0])
+            seconds += float(self.decode_s(decode, whole, None)[0][0])
         return 0.9 * seconds, False
 
     def _harder(self, at: Allocation) -> float:

@@ -15,20 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from semipd.core import (
-    NO_OVERHEADS,
-    Allocation,
-    DecodeShape,
-    FloatArray,
-    IntArray,
-    Load,
-    Mode,
-    Overheads,
-    Phase,
-    PrefillShape,
-    Request,
-)
+from semipd.core import Allocation, DecodeShape, FloatArray, Load, Mode, Phase, PrefillShape, Request
 from semipd.cost import CostModel
+from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.policies import Policy
 from semipd.scheduler import SchedulerConfig
 
@@ -63,12 +52,14 @@ class BucketCost:
         return 2.0 ** (shape.tokens.bit_length() - 2) * on_partition * slower, False
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """By batch and KV tokens; two or four times as long beside prefill."""
         slower = 1.0 if beside is None else 4.0 if beside.tokens > 6 else 2.0
+        batch, first = shape
         on_partition = {8: 0.5, 16: 0.25, 24: 0.25, 32: 0.125}[at.decode_sms] * (2.0 if batch > 2 else 1.0)
-        return np.array([on_partition * slower * 2.0 ** (int(k) // 16) for k in kv_tokens]), 0
+        kv_tokens = range(first, first + batch * steps, batch)
+        return np.array([on_partition * slower * 2.0 ** (k // 16) for k in kv_tokens]), 0
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         """By the bit lengths of the chunk's tokens and pairs and of the decode batch's KV tokens."""
@@ -453,7 +444,7 @@ class Reference:
             return
         if self.step:
             beside = self.seen_prefill if self.layer else None
-            price, _ = self.cost.decode_s(len(self.now_decoding), np.array([kv_tokens]), self.current, beside)
+            price, _ = self.cost.decode_s(DecodeShape(len(self.now_decoding), kv_tokens), self.current, beside)
             self.step.price = Fraction(float(price[0]))
         if self.layer and self.batch:
             seconds, _ = self.cost.prefill_s(self.batch.shape, self.current, self.seen_decode if self.step else None)

@@ -78,7 +78,7 @@ def test_the_tables_hold_the_executors_times(measured: Path) -> None:
         prefill = PrefillShape(h.tokens, float(h.tokens * h.mean_context))
         decode = DecodeShape(h.batch, h.kv_tokens)
         assert h.prefill_median_ms == pytest.approx(TRUTH.prefill_s(prefill, at, decode)[0] * 1e3, rel=0.01)
-        step_s = TRUTH.decode_s(h.batch, np.array([h.kv_tokens]), at, prefill)[0][0]
+        step_s = TRUTH.decode_s(decode, at, prefill)[0][0]
         assert h.decode_median_ms == pytest.approx(step_s / 4 * 1e3, rel=0.02)
     assert {h.mode for h in profile.hybrid.points} == {"split", "capped", "priority"}
 

@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from synthetic_profile import (
     write_profile,
 )
 
-from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
 from semipd.cost import ConstantCost, CostModel, Misjudged, TableCost
 from semipd.profile import Profile, load_profile, shipped_profiles
 from semipd.sweep import (
@@ -65,7 +65,15 @@ def shape(tokens: float, mean_context: float) -> PrefillShape:
 
 
 def decode_step_s(cost: CostModel, batch: int, kv: int, at: Allocation, beside: PrefillShape | None = None) -> float:
-    return float(cost.decode_s(batch, np.array([kv]), at, beside)[0][0])
+    return float(cost.decode_s(DecodeShape(batch, kv), at, beside)[0][0])
+
+
+def decode_steps_s(
+    cost: CostModel, batch: int, kvs: Iterable[int], at: Allocation, beside: PrefillShape | None = None
+) -> tuple[FloatArray, int]:
+    """Seconds of steps that read so many tokens each, and how many are outside, each looked up by itself."""
+    found = [cost.decode_s(DecodeShape(batch, int(kv)), at, beside) for kv in kvs]
+    return np.array([seconds.item(0) for seconds, _ in found]), sum(outside for _, outside in found)
 
 
 def model(**changed: list[PrefillPoint] | list[DecodePoint] | list[HybridPoint]) -> TableCost:
@@ -204,7 +212,7 @@ def assert_reproduces_every_measured_point(profile: Profile) -> None:
         assert cost.prefill_s(shape(tokens, mean_context), at, None) == (pytest.approx(ms / 1e3, rel=1e-9), False)
     for d in profile.decode.points:
         at = Allocation(Mode.SPLIT, profile.device_sms - d.sms, d.sms)
-        seconds, outside = cost.decode_s(d.batch, np.array([d.kv_tokens]), at, None)
+        seconds, outside = cost.decode_s(DecodeShape(d.batch, d.kv_tokens), at, None)
         assert seconds[0] == pytest.approx(d.median_ms / 1e3 * profile.layers, rel=1e-9)
         assert outside == 0
     for h in profile.hybrid.points:
@@ -232,7 +240,7 @@ def test_every_point_of_the_synthetic_profile_is_reproduced_and_inside(profile: 
     for h in profile.hybrid.points:
         at, p_shape = Allocation(Mode(h.mode), h.prefill_sms, h.decode_sms), shape(h.tokens, h.mean_context)
         assert not cost.prefill_s(p_shape, at, DecodeShape(h.batch, h.kv_tokens))[1]
-        assert not cost.decode_s(h.batch, np.array([h.kv_tokens]), at, p_shape)[1]
+        assert not cost.decode_s(DecodeShape(h.batch, h.kv_tokens), at, p_shape)[1]
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
@@ -255,7 +263,7 @@ def test_solo_times_agree_with_scipy_everywhere(grids: RandomGrid, place: tuple[
         p = shape(tokens, context)
         expected = grids.solo_prefill(at.prefill_sms, tokens, p.mean_context)
         assert cost.prefill_s(p, at, None)[0] * 1e3 == pytest.approx(expected, rel=1e-9)
-        found, _ = cost.decode_s(batch, np.array(kvs), at, None)
+        found, _ = decode_steps_s(cost, batch, kvs, at)
         expected_ms = [grids.solo_decode(at.decode_sms, batch, kv) for kv in kvs]
         np.testing.assert_allclose(found * 1e3 / LAYERS, expected_ms, rtol=1e-9)
 
@@ -281,7 +289,7 @@ def test_contended_times_are_scipys_solo_time_times_its_slowdown_in_logarithms(
         * interpolated(grids.hybrid_axes, d_slow, (tokens, context, batch, kv), log=True)
         for kv in knots
     ]
-    found_d, _ = cost.decode_s(batch, np.array(kvs), at, p)
+    found_d, _ = decode_steps_s(cost, batch, kvs, at, p)
     np.testing.assert_allclose(found_d * 1e3 / LAYERS, np.interp(kvs, knots, at_knots), rtol=1e-9)
 
 
@@ -402,8 +410,8 @@ def test_a_look_up_is_clamped_to_the_edge_and_counted_exactly_when_it_is_beyond_
         edge = None if beside is None else DecodeShape(edge_batch, int(edge_kvs[0]))
         assert cost.prefill_s(p, at, beside) == (pytest.approx(cost.prefill_s(at_edge, at, edge)[0]), outside)
     for other, edge_p, all_out in ((None, None, False), (p, at_edge, p_out)):
-        seconds, count = cost.decode_s(batch, np.array(kvs), at, other)
-        np.testing.assert_allclose(seconds, cost.decode_s(edge_batch, edge_kvs, at, edge_p)[0], rtol=1e-12)
+        seconds, count = decode_steps_s(cost, batch, kvs, at, other)
+        np.testing.assert_allclose(seconds, decode_steps_s(cost, edge_batch, edge_kvs, at, edge_p)[0], rtol=1e-12)
         out = [all_out or batch > BATCHES[-1] or kv > KV_TOKENS[-1] for kv in kvs]
         assert count == sum(out)
 
@@ -413,7 +421,7 @@ def test_less_work_than_a_tile_costs_what_a_tile_costs_and_is_not_outside(cost: 
     at, d = SPLITS[1], DecodeShape(1, 10)
     assert cost.prefill_s(shape(64, 3), at, None) == cost.prefill_s(shape(64, 16), at, None)
     assert cost.prefill_s(shape(64, 3), at, d) == cost.prefill_s(shape(64, 16), at, DecodeShape(1, 256))
-    seconds, outside = cost.decode_s(1, np.array([10, 256]), at, shape(1, 0.5))
+    seconds, outside = decode_steps_s(cost, 1, [10, 256], at, shape(1, 0.5))
     assert (seconds[0], outside) == (seconds[1], 0)
 
 
@@ -428,9 +436,9 @@ def test_below_a_least_point_that_is_more_than_a_tile_is_outside() -> None:
     assert least[1] is False
     assert large.prefill_s(shape(63, 512), at, None) == (least[0], True)
     assert large.prefill_s(shape(64, 511), at, None) == (least[0], True)
-    assert large.decode_s(64, np.array([4095, 4096]), at, None)[1] == 1
-    assert large.decode_s(63, np.array([4095, 4096]), at, None)[1] == 2
-    assert large.decode_s(64, np.array([4095, 4096]), at, shape(1024, 512))[1] == 1
+    assert decode_steps_s(large, 64, [4095, 4096], at)[1] == 1
+    assert decode_steps_s(large, 63, [4095, 4096], at)[1] == 2
+    assert decode_steps_s(large, 64, [4095, 4096], at, shape(1024, 512))[1] == 1
 
 
 def test_a_prefill_that_fills_every_partition_has_the_slowdown_of_one_that_also_does() -> None:
@@ -454,21 +462,21 @@ def test_a_prefill_that_fills_every_partition_has_the_slowdown_of_one_that_also_
 
 def test_beside_prefill_the_edges_of_the_hybrid_grid_count_too() -> None:
     narrow = model(hybrid=[h for h in hybrid_points([8, 16, 24]) if h.kv_tokens == 16384 and h.tokens >= 1024])
-    at, kv = SPLITS[0], np.array([16383, 16384, 16385])
-    assert narrow.decode_s(16, kv, at, None)[1] == 0
-    assert narrow.decode_s(16, kv, at, shape(1024, 512))[1] == 2
-    assert narrow.decode_s(16, kv, at, shape(1023, 512))[1] == 3
+    at, kvs = SPLITS[0], [16383, 16384, 16385]
+    assert decode_steps_s(narrow, 16, kvs, at)[1] == 0
+    assert decode_steps_s(narrow, 16, kvs, at, shape(1024, 512))[1] == 2
+    assert decode_steps_s(narrow, 16, kvs, at, shape(1023, 512))[1] == 3
     assert narrow.prefill_s(shape(1024, 512), at, DecodeShape(16, 16384))[1] is False
     assert narrow.prefill_s(shape(1024, 512), at, DecodeShape(16, 16385))[1] is True
 
 
 def test_an_unmeasured_partition_or_way_of_sharing_is_a_key_error_that_lists_the_measured(cost: TableCost) -> None:
-    p, d, kv = shape(64, 512), DecodeShape(8, 4096), np.array([4096])
+    p, d = shape(64, 512), DecodeShape(8, 4096)
     odd = Allocation(Mode.SPLIT, 12, 20)
     with pytest.raises(KeyError, match="prefill on 12 SMs was not measured; measured: 8, 16, 24, 32"):
         cost.prefill_s(p, odd, None)
     with pytest.raises(KeyError, match="decode on 20 SMs was not measured; measured: 8, 16, 24, 32"):
-        cost.decode_s(8, kv, odd, None)
+        cost.decode_s(d, odd, None)
     for at, name in (
         (Allocation(Mode.SPLIT, 8, 16), "8/16"),
         (Allocation(Mode.CAPPED, 8, 32), "capped-8"),
@@ -478,7 +486,7 @@ def test_an_unmeasured_partition_or_way_of_sharing_is_a_key_error_that_lists_the
         with pytest.raises(KeyError, match=message):
             cost.prefill_s(p, at, d)
         with pytest.raises(KeyError, match=message):
-            cost.decode_s(8, kv, at, p)
+            cost.decode_s(d, at, p)
 
 
 # Many look-ups
@@ -487,7 +495,8 @@ def test_an_unmeasured_partition_or_way_of_sharing_is_a_key_error_that_lists_the
 look_ups = st.lists(
     st.tuples(
         st.integers(1, 300),
-        st.lists(st.integers(1, 600_000), max_size=5),
+        st.integers(1, 600_000),
+        st.integers(1, 600),
         st.sampled_from(SPLITS),
         st.none() | st.builds(shape, st.integers(1, 9000), st.integers(1, 40_000)),
     ),
@@ -501,17 +510,17 @@ look_ups = st.lists(
 def test_a_vector_of_steps_costs_what_its_steps_cost_whatever_was_asked_before(profile: Profile, asked: list) -> None:
     used = profile.cost()
     for _ in range(2):
-        for batch, kvs, at, beside in asked:
-            seconds, outside = used.decode_s(batch, np.array(kvs, dtype=np.int64), at, beside)
+        for batch, first, steps, at, beside in asked:
+            seconds, outside = used.decode_s(DecodeShape(batch, first), at, beside, steps)
             fresh = pickle.loads(pickle.dumps(used))  # without what it remembers
-            one_by_one = [fresh.decode_s(batch, np.array([kv]), at, beside) for kv in kvs]
-            assert seconds.tolist() == [float(s[0]) for s, _ in one_by_one]
-            assert outside == sum(n for _, n in one_by_one)
+            one_by_one, each = decode_steps_s(fresh, batch, range(first, first + batch * steps, batch), at, beside)
+            assert seconds.tolist() == one_by_one.tolist()
+            assert outside == each
 
 
 def test_a_pickled_model_gives_the_same_times(cost: TableCost) -> None:
     p, d = shape(3000, 700), DecodeShape(37, 90_000)
-    cost.decode_s(37, np.array([90_000]), SPLITS[1], p)
+    cost.decode_s(DecodeShape(37, 90_000), SPLITS[1], p)
     copy = pickle.loads(pickle.dumps(cost))
     assert copy.splits == cost.splits
     assert copy.prefill_s(p, SPLITS[1], d) == cost.prefill_s(p, SPLITS[1], d)
@@ -522,7 +531,7 @@ def test_a_constant_cost_is_constant() -> None:
     constant = ConstantCost(0.01, 0.02, layers=3, device_sms=32)
     assert list(constant.splits) == SPLITS
     assert constant.prefill_s(shape(5, 1), SPLITS[0], DecodeShape(1, 1)) == (0.01, False)
-    seconds, outside = constant.decode_s(7, np.array([1, 10]), WHOLE, None)
+    seconds, outside = constant.decode_s(DecodeShape(7, 10), WHOLE, None, steps=2)
     assert (seconds.tolist(), outside) == ([0.02, 0.02], 0)
 
 
@@ -686,8 +695,7 @@ def test_a_misjudged_model_is_off_by_one_factor_for_each_phase_and_allocation(co
             p = shape(tokens, context)
             ratio = seen.prefill_s(p, at, None)[0] / cost.prefill_s(p, at, None)[0]
             factors.add((at, "prefill", round(ratio, 12)))
-            kv = np.array([256, 5000, 60000])
-            ratios = seen.decode_s(8, kv, at, p)[0] / cost.decode_s(8, kv, at, p)[0]
+            ratios = np.divide(*(decode_steps_s(of, 8, [256, 5000, 60000], at, p)[0] for of in (seen, cost)))
             factors |= {(at, "decode", round(float(r), 12)) for r in ratios}
     assert len(factors) == 2 * len(cost.splits)
     assert len({factor for _, _, factor in factors}) == len(factors)

@@ -24,8 +24,9 @@ from synthetic_profile import (
 )
 from test_cost import assert_reproduces_every_measured_point, decode_step_s, drop_rows, edit, shape
 
-from semipd.core import Allocation, DecodeShape, InputError, Mode, Overheads, Slo
+from semipd.core import Allocation, DecodeShape, InputError, Mode, Slo
 from semipd.cost import ConstantCost, Misjudged, TableCost
+from semipd.overheads import Overheads
 from semipd.policies import all_names, make_policy
 from semipd.profile import Profile, load_profile
 

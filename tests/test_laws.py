@@ -16,9 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import BucketCost, Reference
 
-from semipd.core import NO_OVERHEADS, Allocation, Load, Mode, Overheads, Phase, Request, Run, Slo, StepRecord
+from semipd.core import Allocation, Load, Mode, Phase, Request, Run, Slo, StepRecord
 from semipd.cost import ConstantCost, CostModel
 from semipd.driver import replay
+from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.policies import Policy, make_policy, whole_device
 from semipd.scheduler import Plan, Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor

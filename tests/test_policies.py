@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Load, Mode, Phase, PrefillShape, Slo
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Load, Mode, Phase, PrefillShape, Slo
 from semipd.cost import ConstantCost
 from semipd.policies import Policy, all_names, chosen, in_order, make_policy, whole_device
 from semipd.policies.adaptive import round_up
@@ -48,12 +48,13 @@ class AmdahlCost:
         return 1e-4 + 1e-3 * shape.tokens / at.prefill_sms * (1.2 if beside else 1), False
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         if self.calls is not None:
-            self.calls.append(batch)
+            self.calls.append(shape.batch)
         slower = 1 + (beside.tokens / 8192 if beside else 0)
-        return (1e-3 + 1e-5 * np.asarray(kv_tokens) / at.decode_sms + 1e-3 * batch / at.decode_sms) * slower, 0
+        kv_tokens = shape.kv_tokens + shape.batch * np.arange(steps)
+        return (1e-3 + 1e-5 * kv_tokens / at.decode_sms + 1e-3 * shape.batch / at.decode_sms) * slower, 0
 
 
 loads = st.builds(
@@ -82,7 +83,7 @@ def as_priced(load: Load) -> tuple[PrefillShape, DecodeShape]:
 
 def step_s(cost: AmdahlCost, load: Load, split: Allocation) -> float:
     prefill, decode = as_priced(load)
-    return float(cost.decode_s(decode.batch, np.array([decode.kv_tokens]), split, prefill)[0][0])
+    return float(cost.decode_s(decode, split, prefill)[0][0])
 
 
 def throughput(cost: AmdahlCost, load: Load, split: Allocation) -> float:

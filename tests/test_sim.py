@@ -9,19 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semipd.core import (
-    Allocation,
-    DecodeShape,
-    FloatArray,
-    IntArray,
-    Mode,
-    Overheads,
-    Phase,
-    PrefillShape,
-    Request,
-    Run,
-)
+from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Mode, Phase, PrefillShape, Request, Run
 from semipd.cost import ConstantCost, CostModel
+from semipd.overheads import Overheads
 from semipd.sim import STRETCH_STEPS, SimExecutor
 
 SPLIT = Allocation(Mode.SPLIT, 64, 68)
@@ -64,9 +54,10 @@ class Contended:
         return self.layers * self.layer_s * chunk.tokens + self.step_s, decode.kv_tokens > self.outside
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
-        del batch, at
+        del at
+        kv_tokens = shape.kv_tokens + shape.batch * np.arange(steps)
         self.priced.append(kv_tokens)
         seconds = (self.step_s + self.token_s * kv_tokens.astype(np.float64)) * (
             1.0 if beside is None else self.decode_slower
@@ -432,9 +423,10 @@ class Dyadic:
         return 0.5 * shape.tokens * (1 if beside is None else 2 << beside.kv_tokens % 3), shape.tokens > 2
 
     def decode_s(
-        self, batch: int, kv_tokens: IntArray, at: Allocation, beside: PrefillShape | None
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
-        del batch, at
+        del at
+        kv_tokens = shape.kv_tokens + shape.batch * np.arange(steps)
         price = 0.25 * 2.0 ** (kv_tokens // 4 % 4).astype(np.float64) * (1 if beside is None else 2 * beside.tokens)
         return price, int(np.count_nonzero(kv_tokens % 5 == 0))
 
@@ -530,7 +522,7 @@ def one_by_one(script: Script) -> tuple[list[list[float]], list[float]]:
         elif batches:
             events.append(batches[0][1][0])
         if step is not None:
-            (step_price,), _ = cost.decode_s(1, np.array([kv_tokens]), SPLIT, shape if layer is not None else None)
+            (step_price,), _ = cost.decode_s(DecodeShape(1, kv_tokens), SPLIT, shape if layer is not None else None)
             events.append(now_s + step * float(step_price))
         if not events:
             return layer_s, step_s

@@ -72,20 +72,33 @@ def test_what_a_grid_and_a_curve_need_is_said() -> None:
         Axis([], 0.0, 1.0, False)
     with pytest.raises(ValueError, match="as many knots as times"):
         Curve(np.ones(2), np.ones(3), 0.0, 1.0, False)
-    with pytest.raises(TypeError):
-        Curve(np.ones(2), np.ones(2), 0.0, 1.0, False).at(np.array([0.5]))  # type: ignore[arg-type]  # no token count
+    with pytest.raises(ValueError, match="a factor for each knot"):
+        Curve(np.ones(2), np.ones(2), 0.0, 1.0, False).times(Grid([axis], np.ones(2)), 0.0, 1.0, 1.0)
 
 
 @given(st.data(), ascending)
 def test_a_curve_is_numpys_interpolation_to_the_last_bit(data: st.DataObject, knots: list[int]) -> None:
     seconds = np.array(data.draw(st.lists(st.floats(1e-6, 1), min_size=len(knots), max_size=len(knots))))
     near = st.sampled_from([k + d for k in knots for d in (-1, 0, 1)])
-    kv_tokens = np.array(data.draw(st.lists(near | st.integers(0, 20_000), max_size=20)), dtype=np.int64)
+    first, more, steps = (
+        data.draw(near | st.integers(0, 20_000)),
+        data.draw(st.integers(1, 99)),
+        data.draw(st.integers(0, 20)),
+    )
+    kv_tokens = first + more * np.arange(steps)
     low, high = data.draw(st.integers(0, 5000)), data.draw(st.integers(5000, 20_000))
-    found, outside = Curve(np.array(knots, dtype=float), seconds, low, high, False).at(kv_tokens)
+    curve = Curve(np.array(knots, dtype=float), seconds, low, high, False)
+    found, outside = curve.at(first, more, steps)
     assert found.tolist() == np.interp(kv_tokens, knots, seconds).tolist()
     assert outside == np.count_nonzero((kv_tokens < low) | (kv_tokens > high))
-    assert Curve(np.array(knots, dtype=float), seconds, low, high, True).at(kv_tokens)[1] == len(kv_tokens)
+    assert Curve(np.array(knots, dtype=float), seconds, low, high, True).at(first, more, steps)[1] == steps
+
+    factors = np.arange(1.0, 2 * len(knots) + 1).reshape(2, len(knots))
+    grid = Grid([Axis([1.0, 3.0], 1.0, 3.0, False)], factors)
+    times, outside = curve.times(grid, 0, high, 2.0).at(first, more, steps)
+    assert times.tolist() == np.interp(kv_tokens, knots, factors.mean(axis=0) * seconds).tolist()
+    assert outside == np.count_nonzero(kv_tokens > high)
+    assert curve.times(grid, 0, high, 4.0).at(first, more, steps)[1] == steps
 
 
 class PlainRun:
@@ -121,7 +134,7 @@ def test_what_is_left_of_a_step_goes_on_at_the_new_price(
     run, plain, now, worked = Boundaries(0.0, steps), PlainRun(begin, steps), 0.0, 0
     run.begin_s = float(begin)
     for wait, seconds in prices:
-        worked += run.leave(now)
+        worked += run.leave(now)[0]
         if evenly:
             run.price_evenly(seconds, steps)
         else:
@@ -154,7 +167,7 @@ def test_steps_beyond_those_priced_have_no_end_yet() -> None:
     assert (run.priced_to_s, run.end_s) == (-math.inf, math.inf)
     run.price(np.array([1.0, 0.5]))
     assert (run.priced_to_s, run.end_s, run.in_stretch) == (2.5, math.inf, 2)
-    assert run.leave(2.5) == 2
+    assert run.leave(2.5) == (2, 2, 3)
     run.price_evenly(1.0, 9)
     assert (run.ends_s().tolist(), run.end_s) == ([2.0, 2.5, 3.5, 4.5, 5.5], 5.5)
 

@@ -10,7 +10,8 @@ from closed_form_cost import ClosedFormCost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semipd.core import Allocation, Mode, Overheads, Phase, Request, Run, StepRecord
+from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
+from semipd.overheads import Overheads
 from semipd.sim import SimExecutor
 from semipd.stopwatch import (
     BARELY_COVERED,
@@ -40,9 +41,7 @@ def watch(overheads: Overheads | None = None) -> Stopwatch:
 
 
 def decode_layer_ms(batch: Decodes, at: Allocation, beside: Prompts | None = None) -> float:
-    seconds, _ = TRUTH.decode_s(
-        len(batch.lengths), np.array([sum(batch.lengths)]), at, beside.shape if beside else None
-    )
+    seconds, _ = TRUTH.decode_s(batch.shape, at, beside.shape if beside else None)
     return float(seconds[0]) / TRUTH.layers * 1e3
 
 

@@ -53,7 +53,7 @@ def test_a_number_is_named_just_when_the_look_up_counts_as_outside(
     beside = beside and at.mode is not Mode.EXCLUSIVE
     _, counted = cost.prefill_s(prefill, at, decode if beside else None)
     assert counted == (cost.outside(prefill, at, decode if beside else None) is not None)
-    _, outside = cost.decode_s(decode.batch, np.array([decode.kv_tokens]), at, prefill if beside else None)
+    _, outside = cost.decode_s(decode, at, prefill if beside else None)
     assert outside == (cost.outside(decode, at, prefill if beside else None) is not None)
     _, counted = cost.mixed_s(prefill, decode if beside else None)
     assert counted == (cost.outside(prefill, FUSED, decode if beside else None) is not None)
@@ -112,7 +112,7 @@ def test_steps_that_were_priced_but_not_worked_on_are_not_refused(cost: TableCos
     request, at = Request(0, 0.0, 524_280, 10_000), whole_device(WHOLE)
     executor = SimExecutor(cost, outside=cost.outside)
     executor.launch(Run(1, Phase.DECODE, (request,), (1,), (524_285,), WHOLE, 100, at))
-    step_s = cost.decode_s(1, np.array([524_288]), at, None)[0].item()
+    step_s = cost.decode_s(DecodeShape(1, 524_288), at, None)[0].item()
     assert executor.wait((steps - 0.5) * step_s) == []
     executor.yield_(1)
     if refused:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log2
 
-import numpy as np
-
 from semipd.core import Allocation, DecodeShape, Load, PrefillShape, Slo
 from semipd.cost import CostModel
 from semipd.policies.static import whole_device
@@ -72,7 +70,7 @@ class Adaptive:
 
     def _outlook(self, split: Allocation, prefill: PrefillShape, decode: DecodeShape) -> Outlook:
         layer_s, _ = self._cost.prefill_s(prefill, split, decode)
-        step_s, _ = self._cost.decode_s(decode.batch, np.array([decode.kv_tokens]), split, prefill)
+        step_s, _ = self._cost.decode_s(decode, split, prefill)
         return Outlook(split, prefill.tokens / (layer_s * self._cost.layers), float(step_s[0]))
 
 

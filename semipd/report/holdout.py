@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from semipd.core import Overheads
 from semipd.holdout import Errors
+from semipd.overheads import Overheads
 
 
 def profiled_report(
