@@ -9,7 +9,8 @@ from conftest import Tape
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from semipd.compare import simulate
-from semipd.metrics import Log, summarise
+from semipd.log import Log
+from semipd.metrics import summarise
 from semipd.sim import SimExecutor
 
 

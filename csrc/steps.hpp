@@ -168,8 +168,6 @@ class Boundaries {
         return ends_.size() == steps_ ? priced_to_s_ : std::numeric_limits<double>::infinity();
     }
     const std::vector<double>& ends() const { return ends_; }
-    // Boundaries of the present stretch.
-    std::size_t in_stretch() const { return ends_.size() - done_; }
 
     // Boundaries reached, one at this moment included.
     std::size_t reached(double now_s) const {

@@ -96,7 +96,6 @@ PYBIND11_MODULE(_steps, m) {
         .def_property_readonly("steps", &Boundaries::steps)
         .def_property_readonly("priced_to_s", &Boundaries::priced_to_s)
         .def_property_readonly("end_s", &Boundaries::end_s)
-        .def_property_readonly("in_stretch", &Boundaries::in_stretch)
         .def("reached", &Boundaries::reached, py::arg("now_s"))
         .def(
             "leave",

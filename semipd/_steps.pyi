@@ -70,10 +70,6 @@ class Boundaries:
         """Boundaries in earlier stretches."""
 
     @property
-    def in_stretch(self) -> int:
-        """Boundaries known of the present stretch."""
-
-    @property
     def priced_to_s(self) -> float:
         """The last boundary known; minus infinity before the first price."""
 

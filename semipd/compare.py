@@ -17,7 +17,8 @@ from semipd.cost import CostModel, Misjudged, TableCost
 from semipd.diagnosis import time_shares
 from semipd.driver import replay
 from semipd.executor import Executor
-from semipd.metrics import Log, RequestTable, Summary, request_table, summarise
+from semipd.log import Log
+from semipd.metrics import RequestTable, Summary, request_table, summarise
 from semipd.policies import all_names, in_order, make_policy
 from semipd.profile import Profile, load_profile
 from semipd.scheduler import Scheduler, SchedulerConfig

@@ -82,7 +82,7 @@ class Allocation(NamedTuple):
         return self.prefill_sms if phase is PREFILL else self.decode_sms
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, init=False, unsafe_hash=True)
 class Request:
     """One request of a trace.
 
@@ -94,8 +94,24 @@ class Request:
     arrival_s: float
     prompt_len: int
     output_len: int
-    prefix_block_ids: tuple[int, ...] = ()
-    prefix_block_size: int = 0
+    prefix_block_ids: tuple[int, ...]
+    prefix_block_size: int
+
+    def __init__(
+        self,
+        id: int,  # noqa: A002 - what it is called
+        arrival_s: float,
+        prompt_len: int,
+        output_len: int,
+        prefix_block_ids: tuple[int, ...] = (),
+        prefix_block_size: int = 0,
+    ) -> None:
+        self.id = id
+        self.arrival_s = arrival_s
+        self.prompt_len = prompt_len
+        self.output_len = output_len
+        self.prefix_block_ids = prefix_block_ids
+        self.prefix_block_size = prefix_block_size
 
 
 class PrefillShape(NamedTuple):
@@ -197,7 +213,8 @@ class StepRecord:
     """What a run did: it started at ``start_s`` and completed a step at each of ``ends_s``.
 
     ``finished``: ids of the requests whose last token this run produced.
-    ``extrapolated``: how many of its cost look-ups fell outside the measured grid, of ``lookups``.
+    ``extrapolated``: how many of its cost look-ups fell outside the measured grid, of ``lookups``. ``steps``: done;
+    ``end_s``: of the last one, or ``start_s`` when the run was stopped before its first boundary.
     """
 
     run: Run
@@ -206,6 +223,8 @@ class StepRecord:
     finished: tuple[int, ...]
     lookups: int
     extrapolated: int
+    steps: int = field(init=False)
+    end_s: float = field(init=False)
 
     def __init__(
         self,
@@ -222,16 +241,8 @@ class StepRecord:
         self.finished = finished
         self.lookups = lookups
         self.extrapolated = extrapolated
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-        return len(self.ends_s)
-
-    @property
-    def end_s(self) -> float:
-        """End of the last step; the start when the run was stopped before its first boundary."""
-        return self.ends_s.item(-1) if len(self.ends_s) else self.start_s
+        self.steps = len(ends_s)
+        self.end_s = ends_s.item(-1) if self.steps else start_s
 
 
 @dataclass(slots=True, init=False)

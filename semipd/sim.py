@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeAlias, TypeVar
 
-import simpy
+from simpy import Environment, Timeout
 
 from semipd._steps import Boundaries
 from semipd.core import (
@@ -99,8 +99,8 @@ class SimExecutor:
         self._switch_s = overheads.switch_ms / 1e3
         self._switched_s = 0.0  # until when the last change of allocation lasts
         self._allocation: Allocation | None = None  # of the last launch
-        self._env = simpy.Environment()
-        # simpy adds delays to its clock, which rounds. It orders the events; this is the exact time.
+        self._env = Environment()
+        # simpy adds delays to its clock, which rounds: this is the exact time.
         self._now_s = 0.0
         self._prefill: PrefillFlight | None = None  # or the fused run
         self._decode: DecodeFlight | None = None
@@ -146,8 +146,8 @@ class SimExecutor:
         """Ask the run to end at its first boundary from now on; no effect on a run that has ended."""
         for flight in self._flights():
             if flight.run.id == run_id:
-                flight.steps.stop(self._now_s)
-                self._priced_to_s = min(self._priced_to_s, flight.steps.priced_to_s)
+                flight.stop(self._now_s)
+                self._priced_to_s = min(self._priced_to_s, flight.priced_to_s)
                 self._changed = True
 
     def steps_done(self, run_id: int) -> int:
@@ -191,27 +191,28 @@ class SimExecutor:
         prefill, decode, ended = self._prefill, self._decode, []
         self._priced_to_s = math.inf
         if prefill is not None:
-            if prefill.steps.end_s <= self._now_s:
+            if prefill.end_s <= self._now_s:
                 self._prefill = None
                 self._last_prefill = self._ended(prefill)
                 ended.append(self._last_prefill)
             else:
-                self._priced_to_s = prefill.steps.priced_to_s
+                self._priced_to_s = prefill.priced_to_s
         if decode is not None:
-            if decode.steps.end_s <= self._now_s:
+            if decode.end_s <= self._now_s:
                 self._decode = None
                 self._last_decode = self._ended(decode)
                 ended.append(self._last_decode)
-            elif decode.steps.priced_to_s < self._priced_to_s:
-                self._priced_to_s = decode.steps.priced_to_s
+            elif decode.priced_to_s < self._priced_to_s:
+                self._priced_to_s = decode.priced_to_s
         if ended:
             self._changed = True
         return ended
 
     def _ended(self, flight: PrefillFlight | DecodeFlight) -> StepRecord:
         """What a run did. Raises InputError when that was outside the measured grid and is to be refused."""
-        self._phase_steps[flight.run.phase] += flight.steps.steps
         record = flight.record(self._cost)
+        if self._variation is not None:
+            self._phase_steps[record.run.phase] += record.steps
         if record.extrapolated and self._outside is not None:
             found = filter(None, (self._outside(*place) for place in flight.clamped()))
             raise InputError(f"strict: {record.run.phase.value} run {record.run.id}: {next(found)}")
@@ -226,22 +227,26 @@ class SimExecutor:
         self._priced_to_s = math.inf
         if prefill is not None:
             prefill.go_on(now_s, cost, self._seen_decode if decode is not None else None)
-            self._priced_to_s = prefill.steps.priced_to_s
+            self._priced_to_s = prefill.priced_to_s
         if decode is not None:
             decode.go_on(now_s, cost, self._seen_prefill if prefill is not None else None)
-            self._priced_to_s = min(self._priced_to_s, decode.steps.priced_to_s)
+            if decode.priced_to_s < self._priced_to_s:
+                self._priced_to_s = decode.priced_to_s
         self._look = self._changed = False
 
     def _go_on_to(self, at_s: float) -> None:
         """Move the clock. Nothing happens until then: what ends, and when, is known of all that is in flight."""
         env = self._env
-        simpy.Timeout(env, max(at_s - env.now, 0.0))
+        Timeout(env, at_s - self._now_s)
         env.step()
         self._now_s = at_s
 
 
 class Flight(ABC, Generic[Other]):
-    """A run in flight: when its steps end at the present prices (``steps``), and what they are priced beside."""
+    """A run in flight: when its steps end at the present prices (``steps``), and what they are priced beside.
+
+    ``priced_to_s``, ``end_s``: as ``steps`` has them.
+    """
 
     __slots__ = (
         *(
@@ -256,12 +261,13 @@ class Flight(ABC, Generic[Other]):
             "_start_s",
             "_variation",
         ),
-        *("run", "steps"),
+        *("end_s", "priced_to_s", "run", "steps"),
     )
 
     def __init__(self, run: Run, now_s: float, steps: int) -> None:
         self.run = run
         self.steps = Boundaries(now_s, steps)
+        self.priced_to_s, self.end_s = -math.inf, math.inf
         self._start_s = now_s
         self._first = 0  # step of the present stretch
         self._priced = 0  # look-ups of it
@@ -303,7 +309,7 @@ class Flight(ABC, Generic[Other]):
     def go_on(self, now_s: float, cost: CostModel, beside: Other | None) -> None:
         """Have what is left priced beside this from now on."""
         steps = self.steps
-        if now_s < steps.priced_to_s and (beside is self._beside or beside == self._beside):
+        if now_s < self.priced_to_s and (beside is self._beside or beside == self._beside):
             return
         worked, first, left = steps.leave(now_s)
         if worked:
@@ -317,15 +323,21 @@ class Flight(ABC, Generic[Other]):
             steps.price_evenly(seconds, self._priced)
         else:
             steps.price(seconds)
+        self.priced_to_s, self.end_s = steps.priced_to_s, steps.end_s
+
+    def stop(self, now_s: float) -> None:
+        """Have the run end at its first boundary from now on."""
+        steps = self.steps
+        steps.stop(now_s)
+        self.priced_to_s, self.end_s = steps.priced_to_s, steps.end_s
 
     def record(self, cost: CostModel) -> StepRecord:
         """What the run did; it has ended."""
-        steps = self.steps
-        if worked := steps.in_stretch:
+        ends_s = self.steps.ends_s()
+        steps = len(ends_s)
+        if worked := steps - self._first:
             self._count(cost, worked)
-        return StepRecord(
-            self.run, self._start_s, steps.ends_s(), self.finished(steps.steps), self._lookups, self._extrapolated
-        )
+        return StepRecord(self.run, self._start_s, ends_s, self.finished(steps), self._lookups, self._extrapolated)
 
     def _count(self, cost: CostModel, steps: int) -> None:
         """Count the look-ups of so many steps of the present stretch, which were worked on."""

@@ -21,7 +21,8 @@ from semipd.client import Client, ClosedLoop
 from semipd.core import Request, Slo, StepRecord
 from semipd.cost import ConstantCost
 from semipd.driver import replay
-from semipd.metrics import Log, request_table, summarise
+from semipd.log import Log
+from semipd.metrics import request_table, summarise
 from semipd.policies import make_policy
 from semipd.scheduler import Scheduler, SchedulerConfig
 from semipd.sim import SimExecutor

@@ -16,7 +16,8 @@ from synthetic_profile import write_profile
 from semipd.compare import Comparison, Setup, judge, policy_names, prepare, run_all, scheduler_config, simulate
 from semipd.config import CompareConfig, SchedulerOptions, TraceConfig, build
 from semipd.core import InputError, Slo, StepRecord
-from semipd.metrics import Distribution, Summary
+from semipd.distribution import Distribution
+from semipd.metrics import Summary
 from semipd.profile import load_profile
 from semipd.report.comparison import comparison_report
 

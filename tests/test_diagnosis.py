@@ -16,7 +16,8 @@ from semipd.core import Allocation, Mode, Phase, Request, Slo
 from semipd.cost import ConstantCost
 from semipd.diagnosis import Blocked, Bound, DecodeTime, time_shares
 from semipd.driver import replay
-from semipd.metrics import Log, request_table
+from semipd.log import Log
+from semipd.metrics import request_table
 from semipd.policies import make_policy
 from semipd.profile import load_profile
 from semipd.scheduler import Scheduler, SchedulerConfig

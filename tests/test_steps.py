@@ -134,7 +134,8 @@ def test_what_is_left_of_a_step_goes_on_at_the_new_price(
     run, plain, now, worked = Boundaries(0.0, steps), PlainRun(begin, steps), 0.0, 0
     run.begin_s = float(begin)
     for wait, seconds in prices:
-        worked += run.leave(now)[0]
+        here, first, _ = run.leave(now)
+        worked += here
         if evenly:
             run.price_evenly(seconds, steps)
         else:
@@ -147,7 +148,7 @@ def test_what_is_left_of_a_step_goes_on_at_the_new_price(
     plain.go_on_to(math.inf, prices[-1][1] if run.end_s > now else seconds)
     assert run.ends_s().tolist() == [float(end) for end in plain.ends]
     assert (run.end_s, run.priced_to_s) == (run.ends_s()[-1], run.ends_s()[-1])
-    assert worked + run.in_stretch >= steps  # a step that was priced anew is worked on at each price
+    assert worked + len(run.ends_s()) - first >= steps  # a step that was priced anew is worked on at each price
 
 
 @given(steps=st.integers(1, 6), at=st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 7.0]), max_size=3).map(sorted))
@@ -166,7 +167,7 @@ def test_steps_beyond_those_priced_have_no_end_yet() -> None:
     run = Boundaries(1.0, 5)
     assert (run.priced_to_s, run.end_s) == (-math.inf, math.inf)
     run.price(np.array([1.0, 0.5]))
-    assert (run.priced_to_s, run.end_s, run.in_stretch) == (2.5, math.inf, 2)
+    assert (run.priced_to_s, run.end_s, run.ends_s().tolist()) == (2.5, math.inf, [2.0, 2.5])
     assert run.leave(2.5) == (2, 2, 3)
     run.price_evenly(1.0, 9)
     assert (run.ends_s().tolist(), run.end_s) == ([2.0, 2.5, 3.5, 4.5, 5.5], 5.5)

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from semipd.compare import Comparison, Setup
-from semipd.metrics import Distribution, Summary
+from semipd.distribution import Distribution
+from semipd.metrics import Summary
 from semipd.profile import Profile
 
 TAKE, STATIC = "★", "•"
