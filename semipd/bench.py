@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from semipd.core import FloatArray
-from semipd.kernels import DecodeKernel, Gqa, PrefillKernel
+from semipd.kernels import DecodeKernel, Gqa, MixedKernel, PrefillKernel
 from semipd.partition import PartitionBank
 from semipd.sweep import DecodeWork, PrefillWork, Sharing
 from semipd.window import LONG_STEP_MS, Stamps, stamped_every, together
 
-Kernel: TypeAlias = PrefillKernel | DecodeKernel
+Kernel: TypeAlias = PrefillKernel | DecodeKernel | MixedKernel
 
 GRAPH_MS = 0.5  # a timed graph lasts about this long, so that event overhead (about 2 us) stays under 1 %
 MAX_LAYERS_PER_GRAPH = 48
@@ -149,6 +149,12 @@ class GpuBench:
         p_ms, d_ms = together(run, (p_lane.replay_ms, d_lane.replay_ms), marks, self.settle_ms)
         return p_ms / p_lane.layers, d_ms / d_lane.layers
 
+    def mixed(self, prefill: PrefillWork, decode: DecodeWork, backend: str, marks: int) -> FloatArray:
+        """Milliseconds of one layer of both batches in one call, on the whole device; shape [samples]."""
+        self._keep_only(prefill)
+        lane = self._lane(self._mixed_kernel(prefill, decode, backend), self._plain[0], self.device_sms)
+        return self._alone(lane, marks)
+
     def total(
         self,
         prefill: PrefillWork,
@@ -233,9 +239,18 @@ class GpuBench:
         assert isinstance(kernel, DecodeKernel)  # noqa: S101 - likewise
         return kernel
 
+    def _mixed_kernel(self, prefill: PrefillWork, decode: DecodeWork, backend: str) -> MixedKernel:
+        key = ("mixed", prefill, decode, backend)
+        if key not in self._kernels:
+            kv = prefill.seqs * (prefill.seq_tokens + prefill.seq_context) + max(decode.kv_tokens, decode.batch)
+            copies = copies_for(kv * self.gqa.kv_bytes_per_token)
+            self._kernels[key] = MixedKernel(self.gqa, prefill, decode, backend, copies, seed=self.seed)
+        kernel = self._kernels[key]
+        assert isinstance(kernel, MixedKernel)  # noqa: S101 - likewise
+        return kernel
+
     def _lane(self, kernel: Kernel, stream: Any, sms: int, layers: int | None = None) -> Lane:
-        replanned = isinstance(kernel, PrefillKernel) and kernel.backend == "fa3-sized" and kernel.ctas != sms
-        if replanned:
+        if isinstance(kernel, PrefillKernel):
             kernel.size_to(sms)
         key = (id(kernel), stream.cuda_stream, layers)
         if key not in self._lanes:

@@ -236,23 +236,30 @@ class FixedWork(Strict):
 
 
 class SweepConfig(Strict):
-    """What every sweep has: the attention, the partitions, how often, for how long at most.
+    """What every sweep has: the attention, how often, for how long at most.
 
-    ``sms`` names the partition sizes instead of steps of ``step_sms``; ``runs`` is the samples of each point.
-    Before a measurement the same load runs for ``settle_ms``, so that a GPU at its power limit has settled its
-    clocks; with ``rest_ms`` each run of fixed work follows so long an idle time instead, as a burst would.
+    ``runs`` is the samples of each point. Before a measurement the same load runs for ``settle_ms``, so that a GPU at
+    its power limit has settled its clocks.
     """
 
     attention: Attention = Attention()
-    step_sms: Literal[2, 4, 6, 8, 16, 32] = 8
-    sms: tuple[Positive, ...] = ()
     runs: Positive = 10
     settle_ms: NotNegative = 60.0
-    rest_ms: NotNegative = 0.0
     limit_s: PositiveFloat | None = None
 
 
-class PrefillSweep(SweepConfig):
+class PartitionSweep(SweepConfig):
+    """A sweep over partitions. ``sms`` names their sizes instead of steps of ``step_sms``.
+
+    With ``rest_ms`` each run of fixed work follows so long an idle time instead of load, as a burst would.
+    """
+
+    step_sms: Literal[2, 4, 6, 8, 16, 32] = 8
+    sms: tuple[Positive, ...] = ()
+    rest_ms: NotNegative = 0.0
+
+
+class PrefillSweep(PartitionSweep):
     """Prefill alone. ``partitions``: the sizes prefill gets in a split, those left to decode, or both."""
 
     kind: Literal["prefill"] = "prefill"
@@ -261,7 +268,7 @@ class PrefillSweep(SweepConfig):
     prefill: PrefillGrid = PrefillGrid(seqs=32, seq_tokens=4096)
 
 
-class DecodeSweep(SweepConfig):
+class DecodeSweep(PartitionSweep):
     """Decode alone; ``partitions`` as for prefill."""
 
     kind: Literal["decode"] = "decode"
@@ -269,7 +276,7 @@ class DecodeSweep(SweepConfig):
     decode: DecodeGrid = DecodeGrid(batch=128, context=4096)
 
 
-class HybridSweep(SweepConfig):
+class HybridSweep(PartitionSweep):
     """Both at once, in every way of ``modes``; ``sms`` are the prefill sizes.
 
     ``work``: the fixed work whose total time is measured, null for none; it needs one batch of each phase.
@@ -292,6 +299,27 @@ class HybridSweep(SweepConfig):
             raise ValueError("work is null and contention false, which leaves nothing to measure")
         if self.work is not None and not (self.prefill.seqs and self.decode.batch):
             raise ValueError("fixed work needs one prefill and one decode batch; with a grid set work to null")
+        return self
+
+
+class MixedSweep(SweepConfig):
+    """Fused batches on the whole device: chunks of prompts (``prefill``) with a decode batch, in one call.
+
+    Chunks are given by their prompt tokens; the decode batch's come on top. By default they have the mean context of a
+    prompt of 4096 tokens. ``in_turn_backends``: those that prefill is measured alone with, for the baseline.
+    """
+
+    kind: Literal["mixed"] = "mixed"
+    backends: Annotated[tuple[Literal["fa2", "fa3"], ...], Field(min_length=1)] = ("fa2", "fa3")
+    in_turn_backends: Backends = ("fa2", "fa3", "fa3-sized")
+    prefill: PrefillGrid = PrefillGrid(tokens=(256, 512, 1024, 2048), mean_context=(2048,))
+    decode: DecodeGrid = DecodeGrid(batch=128, context=4096)
+
+    @model_validator(mode="after")
+    def _a_baseline_for_each(self) -> MixedSweep:
+        missing = [name for name in self.backends if name not in self.in_turn_backends]
+        if missing:
+            raise ValueError(f"in_turn_backends lacks {', '.join(missing)} of backends; expected all of these, too")
         return self
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+from semipd.prices import Source
 from semipd.sweep import Sharing
 
 IN_TURN = "in turn"
@@ -17,16 +18,23 @@ IN_TURN = "in turn"
 
 @dataclass(frozen=True, slots=True)
 class OperatingPoint:
-    """Both phases at once: seconds of a decode step, all layers, and prefill tokens per second through all layers."""
+    """Both phases at once: seconds of a decode step, all layers, and prefill tokens per second through all layers.
+
+    ``source``: where these are from. ``spread``: p90 - p10 of the measured steps as a share of their median, None where
+    none were measured. ``chunk_tokens``: of mode ``mixed``, tokens of a fused step, the decode batch's among them.
+    """
 
     sharing: Sharing
     step_s: float
     prefill_tps: float
+    source: Source = Source.MEASURED
+    spread: float | None = None
+    chunk_tokens: int = 0
 
     @property
     def name(self) -> str:
-        """As in ``time_in_split``."""
-        return self.sharing.name
+        """As in ``time_in_split``; of fused steps that of the policy."""
+        return f"chunked-{self.chunk_tokens}" if self.chunk_tokens else self.sharing.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,8 +124,29 @@ class PrefillKernel:
         self._wrapper.run(self.q[copy], self.k[copy], self.v[copy], out=self.out)
 
 
+class Pages:
+    """Keys and values of sequences of so many tokens in a paged cache: random data, pages in random order.
+
+    ``cache`` has the shape [copies, pages, 2, page_size, kv_heads, head_dim]; ``indptr``, ``ids`` and ``last_len`` say
+    which pages each sequence has and how many tokens its last one holds, as flashinfer's plans take them.
+    """
+
+    def __init__(self, gqa: Gqa, lengths: list[int], copies: int, page_size: int, generator: Any) -> None:
+        counts = [(n + page_size - 1) // page_size for n in lengths]
+        self.indptr = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+        self.last_len = torch.tensor([(n - 1) % page_size + 1 for n in lengths], dtype=torch.int32)
+        total = int(self.indptr[-1])
+        order = torch.Generator().manual_seed(generator.initial_seed())
+        self.ids = torch.randperm(total, generator=order).to(torch.int32).to("cuda")
+        shape = (copies, total, 2, page_size, gqa.kv_heads, gqa.head_dim)
+        self.cache = torch.randn(shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+
+
 class DecodeKernel:
-    """GQA attention of one decode step over a paged KV cache, tensor cores, random data, pages in random order."""
+    """GQA attention of one decode step over a paged KV cache, tensor cores, random data.
+
+    It is planned once: its grid is not persistent, so it fits any partition.
+    """
 
     def __init__(
         self,
@@ -140,22 +161,16 @@ class DecodeKernel:
 
         self.gqa, self.work, self.copies, self.page_size = gqa, work, copies, page_size
         generator = torch.Generator("cuda").manual_seed(seed)
-        lengths = work.lengths()
-        pages = [(n + page_size - 1) // page_size for n in lengths]
-        indptr = torch.tensor([0, *np.cumsum(pages)], dtype=torch.int32)
-        count = int(indptr[-1])
-        self.page_ids = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
-        shape = (copies, count, 2, page_size, gqa.kv_heads, gqa.head_dim)
-        self.cache = torch.randn(shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+        self.pages = Pages(gqa, work.lengths(), copies, page_size, generator)
         q_shape = (copies, work.batch, gqa.query_heads, gqa.head_dim)
         self.q = torch.randn(q_shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
         self.out = torch.empty_like(self.q[0])
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
         self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=True)
         self._wrapper.plan(
-            indptr,
-            self.page_ids.to("cuda"),
-            torch.tensor([(n - 1) % page_size + 1 for n in lengths], dtype=torch.int32),
+            self.pages.indptr,
+            self.pages.ids,
+            self.pages.last_len,
             gqa.query_heads,
             gqa.kv_heads,
             gqa.head_dim,
@@ -164,10 +179,55 @@ class DecodeKernel:
             fixed_split_size=split_tokens // page_size or None,
         )
 
-    def size_to(self, ctas: int) -> None:
-        """Decode is planned once: its grid is not persistent, so it fits any partition."""
+    def launch(self, step: int) -> None:
+        """Enqueue one layer on the current stream."""
+        copy = step % self.copies
+        self._wrapper.run(self.q[copy], self.pages.cache[copy], out=self.out)
+
+
+class MixedKernel:
+    """Causal GQA attention of a fused batch in one call: a token of every decoding sequence, then prompt pieces.
+
+    Both read one paged KV cache, as a model's phases do; random data. Backend ``fa2`` or ``fa3``, flashinfer's prefill
+    kernels, to which a decoding sequence is a prompt piece of one token.
+    """
+
+    def __init__(
+        self,
+        gqa: Gqa,
+        prefill: PrefillWork,
+        decode: DecodeWork,
+        backend: str,
+        copies: int = 1,
+        page_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        import flashinfer
+
+        self.copies, self.page_size = copies, page_size
+        self.q_lens = [1] * decode.batch + [prefill.seq_tokens] * prefill.seqs
+        self.kv_lens = decode.lengths() + [prefill.seq_context + prefill.seq_tokens] * prefill.seqs
+        generator = torch.Generator("cuda").manual_seed(seed)
+        self.pages = Pages(gqa, self.kv_lens, copies, page_size, generator)
+        q_shape = (copies, sum(self.q_lens), gqa.query_heads, gqa.head_dim)
+        self.q = torch.randn(q_shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+        self.out = torch.empty_like(self.q[0])
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend=backend)
+        self._wrapper.plan(
+            torch.tensor([0, *np.cumsum(self.q_lens)], dtype=torch.int32),
+            self.pages.indptr,
+            self.pages.ids,
+            self.pages.last_len,
+            gqa.query_heads,
+            gqa.kv_heads,
+            gqa.head_dim,
+            page_size,
+            causal=True,
+            q_data_type=gqa.torch_dtype,
+        )
 
     def launch(self, step: int) -> None:
         """Enqueue one layer on the current stream."""
         copy = step % self.copies
-        self._wrapper.run(self.q[copy], self.cache[copy], out=self.out)
+        self._wrapper.run(self.q[copy], self.pages.cache[copy], out=self.out)

@@ -1,4 +1,4 @@
-"""The three sweeps: what each phase costs alone on every partition, and both at once on every split.
+"""The sweeps: what each phase costs alone on every partition, both at once on every split, and both fused.
 
 Written against ``Bench``, so that order, resuming, limits and choice of backend are tested without a GPU. The
 first half says what a configuration measures on a device, the second measures it.
@@ -20,6 +20,7 @@ from semipd.sweep import (
     DecodePoint,
     DecodeWork,
     HybridPoint,
+    MixedPoint,
     PrefillPoint,
     PrefillWork,
     Sharing,
@@ -33,7 +34,6 @@ from semipd.sweep import (
 )
 
 DECODE_BACKEND = "fa2"  # flashinfer's tensor-core decode is its fa2 kernel
-PREFILL_BACKENDS = ("fa2", "fa3", "fa3-sized")
 
 
 class Bench(Protocol):
@@ -66,6 +66,10 @@ class Bench(Protocol):
         marks: int,
     ) -> tuple[FloatArray, FloatArray]:
         """Layer times of each phase while the other runs throughout."""
+        ...
+
+    def mixed(self, prefill: PrefillWork, decode: DecodeWork, backend: str, marks: int) -> FloatArray:
+        """Layer times of both batches in one call, on the whole device, shape [samples]."""
         ...
 
     def total(
@@ -253,6 +257,25 @@ def sweep_hybrid(
                 )
             )
     yield Progress(total, total, "done")
+
+
+def sweep_mixed(
+    bench: Bench,
+    table: TableWriter[MixedPoint],
+    prefills: Sequence[PrefillWork],
+    decodes: Sequence[DecodeWork],
+    backends: Sequence[str],
+    marks: int,
+) -> Iterator[Progress]:
+    """Measure every chunk fused with every decode batch, with every backend, skipping what the table has."""
+    cells = [(work, decode, backend) for work in prefills for decode in decodes for backend in backends]
+    for done, (work, decode, backend) in enumerate(cells):
+        yield Progress(done, len(cells), f"{work.seqs} x {work.seq_tokens} with decode {decode.batch}, {backend}")
+        key = (work.seqs, work.seq_tokens, work.seq_context, decode.batch, decode.kv_tokens, backend)
+        if not table.has(key):
+            spread = Spread.of(bench.mixed(work, decode, backend, marks))
+            table.add(MixedPoint(**asdict(work), **asdict(decode), backend=backend, **asdict(spread)))
+    yield Progress(len(cells), len(cells), "done")
 
 
 def sweep_total(

@@ -2,198 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
-from math import isfinite, log2
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
-from semipd.cost import CostModel
+from semipd.core import DecodeShape, InputError, Mode
 from semipd.frontier import InTurn, OperatingPoint, Optimum, Stretch, best_where, dominator, optimum
+from semipd.policies import CHUNKS
+from semipd.prices import MODES, Place, Prices, Shared, Source, Time, place_of, spreads, worst
 from semipd.profile import Profile
-from semipd.sweep import DecodePoint, HybridPoint, PrefillPoint, Sharing
-
-MODES = ("split", "capped", "priority", "streams")
-"""Ways of running both phases at once that a hybrid table may hold."""
-
-
-class Source(str, Enum):
-    """Where a value is from: a measured point, between measured points, or outside and clamped to the grid's edge."""
-
-    MEASURED = "measured"
-    INTERPOLATED = "interpolated"
-    OUTSIDE = "outside"
-
-
-def worst(sources: Iterable[Source]) -> Source:
-    """The least certain of some sources; ``measured`` when there is none."""
-    order = tuple(Source)
-    return max(sources, key=order.index, default=Source.MEASURED)
-
-
-@dataclass(frozen=True, slots=True)
-class Time:
-    """Seconds, of one prefill layer or of one decode step of all layers."""
-
-    seconds: float
-    source: Source
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """A load as the tables place it: a prefill batch and a decode batch, tokens throughout."""
-
-    tokens: int
-    mean_context: int
-    batch: int
-    kv_tokens: int
-
-    @property
-    def prefill(self) -> PrefillShape:
-        """The prefill batch."""
-        return PrefillShape(self.tokens, float(self.tokens * self.mean_context))
-
-    @property
-    def decode(self) -> DecodeShape:
-        """The decode batch."""
-        return DecodeShape(self.batch, self.kv_tokens)
-
-    def octaves_from(self, other: Place) -> float:
-        """Distance to another place: factors of two, summed over the four axes."""
-        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
-        return sum(abs(log2(a / b)) for a, b in pairs)
-
+from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing, SweepTable
 
 TYPICAL = Place(tokens=2048, mean_context=1024, batch=64, kv_tokens=64 * 2048)
 """A prompt of 2,048 tokens beside 64 sequences of as many; the measured load nearest to it is the default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """One phase in one way of sharing: alone on its partition, and while the other phase runs throughout."""
-
-    alone: Time
-    beside: Time
-
-    @property
-    def slowdown(self) -> float:
-        """How many times longer it takes beside the other phase."""
-        return self.beside.seconds / self.alone.seconds
-
-    @property
-    def slowdown_source(self) -> Source:
-        """The less certain of both times."""
-        return worst((self.alone.source, self.beside.source))
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Both phases in one way of sharing at one load.
-
-    ``spread``: p90 - p10 of the steps measured together as a share of their median, of the phase where it is larger;
-    None where both were not measured together.
-    """
-
-    sharing: Sharing
-    prefill: Beside
-    decode: Beside
-    spread: float | None
-
-    @property
-    def source(self) -> Source:
-        """The less certain of both phases beside each other."""
-        return worst((self.prefill.beside.source, self.decode.beside.source))
-
-
-class Prices:
-    """Step times of a profile, each with its source.
-
-    Ways of sharing other than splits are priced as splits are: at a measured place its median, elsewhere the time
-    alone times an interpolated slowdown. ``refused``: why the rows of a mode cannot be used, by mode.
-
-    Raises InputError as ``Profile.cost`` does.
-    """
-
-    def __init__(self, profile: Profile) -> None:
-        self.layers = profile.layers
-        self.device_sms = profile.device_sms
-        self.refused: dict[str, str] = {}
-        self._costs: dict[str, CostModel] = {"split": profile.cost()}
-        for mode in MODES[1:]:
-            rows = tuple(replace(p, mode="split") for p in profile.hybrid.points if p.mode == mode)
-            if rows:
-                try:
-                    self._costs[mode] = replace(profile, hybrid=replace(profile.hybrid, points=rows)).cost()
-                except InputError as error:
-                    self.refused[mode] = str(error)
-        self._prefill = {(p.sms, p.tokens, p.mean_context) for p in profile.prefill.points}
-        self._decode = {(p.sms, p.batch, p.kv_tokens) for p in profile.decode.points}
-        slowest_first = sorted(profile.hybrid.points, key=lambda p: -p.prefill_median_ms)
-        self._hybrid = {
-            (_sharing(p), _place(p)): p for p in slowest_first
-        }  # the fastest prefill counts, as in TableCost
-
-    @property
-    def sharings(self) -> tuple[Sharing, ...]:
-        """The measured ways of sharing, splits first, by ascending prefill SMs."""
-        return tuple(
-            Sharing(mode, at.prefill_sms, at.decode_sms) for mode, cost in self._costs.items() for at in cost.splits
-        )
-
-    def prefill_alone(self, sms: int, place: Place) -> Time:
-        """One layer alone on ``sms`` SMs. Raises KeyError for a partition that was not measured, as all here do."""
-        return self._prefill_s("split", Allocation(Mode.SPLIT, sms, sms), place, None, self._prefill_known(sms, place))
-
-    def decode_alone(self, sms: int, place: Place) -> Time:
-        """One step alone on ``sms`` SMs."""
-        return self._decode_s("split", Allocation(Mode.SPLIT, sms, sms), place, None, self._decode_known(sms, place))
-
-    def shared(self, sharing: Sharing, place: Place) -> Shared:
-        """Both phases, alone on their partitions and beside each other."""
-        at = Allocation(Mode.SPLIT, sharing.prefill_sms, sharing.decode_sms)
-        row = self._hybrid.get((sharing, place))
-        known = row is not None
-        return Shared(
-            sharing,
-            Beside(
-                self.prefill_alone(sharing.prefill_sms, place),
-                self._prefill_s(sharing.mode, at, place, place.decode, known),
-            ),
-            Beside(
-                self.decode_alone(sharing.decode_sms, place),
-                self._decode_s(sharing.mode, at, place, place.prefill, known),
-            ),
-            None if row is None else max(_spreads(row, _HYBRID_SPREADS)),
-        )
-
-    def _prefill_known(self, sms: int, place: Place) -> bool:
-        return (sms, place.tokens, place.mean_context) in self._prefill
-
-    def _decode_known(self, sms: int, place: Place) -> bool:
-        return (sms, place.batch, place.kv_tokens) in self._decode
-
-    def _prefill_s(self, mode: str, at: Allocation, place: Place, beside: DecodeShape | None, known: bool) -> Time:
-        seconds, outside = self._costs[mode].prefill_s(place.prefill, at, beside)
-        return Time(seconds, _source(known, outside))
-
-    def _decode_s(self, mode: str, at: Allocation, place: Place, beside: PrefillShape | None, known: bool) -> Time:
-        seconds, outside = self._costs[mode].decode_s(place.decode, at, beside)
-        return Time(float(seconds[0]), _source(known, bool(outside)))
-
-
-def _source(known: bool, outside: bool) -> Source:
-    return Source.OUTSIDE if outside else Source.MEASURED if known else Source.INTERPOLATED
-
-
-def _sharing(point: HybridPoint) -> Sharing:
-    return Sharing(point.mode, point.prefill_sms, point.decode_sms)
-
-
-def _place(point: HybridPoint) -> Place:
-    return Place(point.tokens, point.mean_context, point.batch, point.kv_tokens)
 
 
 @dataclass(frozen=True)
@@ -223,8 +47,9 @@ class Survey:
     """Everything that ``semipd show`` shows of a profile at one load.
 
     ``nearest``: the measured load nearest to ``place``, itself if that was measured. ``prefill_alone``,
-    ``decode_alone``: by SMs. ``dominated``: by name of a point, what is better than it. ``heat``: over the measured
-    decode batches.
+    ``decode_alone``: by SMs. ``points``: one for each of ``shared``, then one for each size of fused steps.
+    ``dominated``: by name of a point, what is better than it. ``heat``: over the measured decode batches. ``refused``:
+    by mode or name of a point, why it is not shown.
     """
 
     profile: Profile
@@ -246,12 +71,7 @@ class Survey:
     @property
     def provenance(self) -> dict[str, dict[str, object]]:
         """Of each table."""
-        profile = self.profile
-        return {
-            "prefill": profile.prefill.provenance,
-            "decode": profile.decode.provenance,
-            "hybrid": profile.hybrid.provenance,
-        }
+        return {name: table.provenance for name, table in _tables(self.profile).items()}
 
     @property
     def in_turn_source(self) -> Source:
@@ -263,14 +83,14 @@ class Survey:
     def missing_modes(self) -> tuple[str, ...]:
         """Ways of sharing that the profile has no rows of."""
         measured = {p.mode for p in self.profile.hybrid.points}
-        fused = self.profile.mixed is not None and self.profile.mixed.points
+        fused = "mixed" in _tables(self.profile)
         return (*(mode for mode in MODES if mode not in measured), *(() if fused else ("mixed (fused chunks)",)))
 
     @property
     def source(self) -> Source:
         """The least certain of all values at the load itself."""
         alone = [t.source for t in (*self.prefill_alone.values(), *self.decode_alone.values())]
-        return worst([*alone, *(s.source for s in self.shared)])
+        return worst([*alone, *(point.source for point in self.points)])
 
     @property
     def most_work(self) -> OperatingPoint:
@@ -295,7 +115,7 @@ class Survey:
                 "together": [_shared_json(s) for s in self.shared],
             },
             "frontier": {
-                "points": [self._point_json(p, s.source) for p, s in zip(self.points, self.shared, strict=True)],
+                "points": [self._point_json(point) for point in self.points],
                 "in_turn": {
                     "decode_step_ms": self.in_turn.step_s * 1e3,
                     "prefill_tps": self.in_turn.prefill_tps,
@@ -322,13 +142,15 @@ class Survey:
             "source": self.source.value,
         }
 
-    def _point_json(self, point: OperatingPoint, source: Source) -> dict[str, Any]:
+    def _point_json(self, point: OperatingPoint) -> dict[str, Any]:
         return {
             "sharing": point.name,
             **asdict(point.sharing),
+            "chunk_tokens": point.chunk_tokens or None,
             "decode_step_ms": point.step_s * 1e3,
             "prefill_tps": point.prefill_tps,
-            "source": source.value,
+            "source": point.source.value,
+            "spread": point.spread,
             "in_turn_tps_at_equal_decode": self.in_turn.tps_at(point.step_s),
             "gain": self.in_turn.gain(point),
             "weighted_speedup": self.in_turn.weighted_speedup(point),
@@ -396,13 +218,14 @@ def survey(
         InputError: The load or the target makes no sense, or the profile's tables lack something.
     """
     prices = Prices(profile)
-    measured = sorted({_place(p) for p in profile.hybrid.points if p.mode == "split"})
+    measured = sorted({place_of(p) for p in profile.hybrid.points if p.mode == "split"})
     default = nearest_to(TYPICAL, measured)
     given = {"tokens": tokens, "mean_context": mean_context, "batch": batch, "kv_tokens": kv_tokens}
     place = replace(default, **{name: value for name, value in given.items() if value is not None})
     _check(place, tpot_s)
     shared = tuple(prices.shared(sharing, place) for sharing in prices.sharings)
-    points = tuple(_point(s, place, profile.layers) for s in shared)
+    chunks, too_small = _chunks(prices, place)
+    points = (*(_point(s, place, profile.layers) for s in shared), *chunks)
     prefill_alone = {n: prices.prefill_alone(n, place) for n in sorted({p.sms for p in profile.prefill.points})}
     decode_alone = {n: prices.decode_alone(n, place) for n in sorted({p.sms for p in profile.decode.points})}
     whole = profile.device_sms
@@ -423,7 +246,7 @@ def survey(
         best_where=best_where(points, in_turn),
         optimum=None if tpot_s is None else optimum(points, in_turn, tpot_s),
         heat=_heat(prices, place, measured, columns),
-        refused=prices.refused,
+        refused=prices.refused | too_small,
     )
 
 
@@ -444,7 +267,28 @@ def _check(place: Place, tpot_s: float | None) -> None:
 
 def _point(shared: Shared, place: Place, layers: int) -> OperatingPoint:
     tps = place.tokens / (shared.prefill.beside.seconds * layers)
-    return OperatingPoint(shared.sharing, shared.decode.beside.seconds, tps)
+    return OperatingPoint(shared.sharing, shared.decode.beside.seconds, tps, shared.source, shared.spread)
+
+
+def _chunks(prices: Prices, place: Place) -> tuple[list[OperatingPoint], dict[str, str]]:
+    """Fused steps of each size whose prompt tokens lie within what was measured; why the others are left out."""
+    points: list[OperatingPoint] = []
+    refused: dict[str, str] = {}
+    if prices.fused_tokens is None:
+        return points, refused
+    least, most = prices.fused_tokens
+    whole = Sharing(Mode.MIXED.value, prices.device_sms, prices.device_sms)
+    for chunk in CHUNKS:
+        prompt = chunk - place.batch
+        if least <= prompt <= most:
+            time, spread = prices.fused(prompt, place)
+            points.append(OperatingPoint(whole, time.seconds, prompt / time.seconds, time.source, spread, chunk))
+        else:
+            refused[f"chunked-{chunk}"] = (
+                f"beside {place.batch} decode tokens it has {max(prompt, 0)} prompt tokens a step; {least} to {most} "
+                "were measured"
+            )
+    return points, refused
 
 
 def _heat(prices: Prices, place: Place, measured: Sequence[Place], columns: int) -> HeatMap:
@@ -460,33 +304,28 @@ def _heat(prices: Prices, place: Place, measured: Sequence[Place], columns: int)
     return HeatMap(tuple(DecodeShape(b, k) for b, k in chosen), rows, len(found) - len(chosen))
 
 
+def _tables(profile: Profile) -> dict[str, SweepTable[Any]]:
+    """The tables with measured points, by name."""
+    tables = {name: getattr(profile, name) for name in _AXES}
+    return {name: table for name, table in tables.items() if table is not None and table.points}
+
+
 def extents(profile: Profile) -> dict[str, Extent]:
     """What each table of a profile holds."""
-    prefill, decode, hybrid = profile.prefill.points, profile.decode.points, profile.hybrid.points
-    names = ("tokens", "mean_context")
-    return {
-        "prefill": _extent(prefill, ("sms", *names, "backend"), _SPREADS),
-        "decode": _extent(decode, ("sms", "batch", "kv_tokens", "backend"), _SPREADS),
-        "hybrid": _extent(hybrid, ("mode", "prefill_sms", "decode_sms", *names, "batch", "kv_tokens"), _HYBRID_SPREADS),
-    }
+    return {name: _extent(table.points, _AXES[name]) for name, table in _tables(profile).items()}
 
 
-def _extent(
-    points: Sequence[PrefillPoint] | Sequence[DecodePoint] | Sequence[HybridPoint],
-    axes: Sequence[str],
-    prefixes: Sequence[str],
-) -> Extent:
+_AXES = {
+    "prefill": ("sms", "tokens", "mean_context", "backend"),
+    "decode": ("sms", "batch", "kv_tokens", "backend"),
+    "hybrid": ("mode", "prefill_sms", "decode_sms", "tokens", "mean_context", "batch", "kv_tokens"),
+    "mixed": ("tokens", "mean_context", "batch", "kv_tokens", "backend"),
+}
+"""Variables of each table."""
+
+
+def _extent(points: Sequence[PrefillPoint | DecodePoint | HybridPoint | MixedPoint], axes: Sequence[str]) -> Extent:
     values = {name: tuple(sorted({getattr(p, name) for p in points})) for name in axes}
-    shares = [share for p in points for share in _spreads(p, prefixes)]
+    shares = [share for p in points for share in spreads(p)]
     middle, high = (float(x) for x in np.percentile(shares, [50, 95]))
     return Extent(len(points), values, middle, high)
-
-
-_SPREADS = ("",)
-_HYBRID_SPREADS = ("prefill_", "decode_")
-
-
-def _spreads(point: PrefillPoint | DecodePoint | HybridPoint, prefixes: Sequence[str]) -> list[float]:
-    """p90 - p10 over the median, of the columns with each prefix."""
-    columns = [[getattr(point, f"{prefix}{name}_ms") for name in ("p10", "median", "p90")] for prefix in prefixes]
-    return [(p90 - p10) / median for p10, median, p90 in columns]

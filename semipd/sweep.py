@@ -105,8 +105,8 @@ class Sharing:
     """How a measurement shares the device, and the SMs each phase may use.
 
     ``mode``: ``split`` (disjoint SMs), ``capped`` (prefill on a partition, decode on the whole device at high
-    priority), ``priority`` (two plain streams, decode first), ``streams`` (two plain streams, equal) or
-    ``in-turn`` (one phase after the other on the whole device).
+    priority), ``priority`` (two plain streams, decode first), ``streams`` (two plain streams, equal), ``mixed`` (both
+    in one fused step on the whole device) or ``in-turn`` (one phase after the other on the whole device).
     """
 
     mode: str

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from semipd.config import Attention, SweepConfig
+from semipd.config import Attention, PartitionSweep, SweepConfig
 from semipd.core import FloatArray
 from semipd.sweep import DecodeWork, PrefillWork, Sharing
 
@@ -19,7 +19,8 @@ class ClosedFormBench:
     """Prefill is bound by SMs, decode by bandwidth that half of the SMs saturate; together each is 25 % slower.
 
     ``fa2`` scales with the SMs. ``fa3`` would take 60 % of its time, but runs in whole waves of the device's size;
-    ``fa3-sized`` takes 70 % without waves. ``calls`` lists what was timed; ``before`` runs ahead of each timing.
+    ``fa3-sized`` takes 70 % without waves. In a fused batch the longer part hides 70 % of the shorter. ``calls`` lists
+    what was timed; ``before`` runs ahead of each timing.
     """
 
     device_sms: int = 132
@@ -51,6 +52,10 @@ class ClosedFormBench:
         p_ms, d_ms = self._beside(prefill, prefill_backend, decode, at)
         return _samples(p_ms, marks), _samples(d_ms, marks)
 
+    def mixed(self, prefill: PrefillWork, decode: DecodeWork, backend: str, marks: int) -> FloatArray:
+        self._timed("mixed", prefill, decode, backend, self.device_sms)
+        return _samples(self.mixed_ms(prefill, decode, backend), marks)
+
     def total(
         self,
         prefill: PrefillWork,
@@ -77,6 +82,10 @@ class ClosedFormBench:
 
     def decode_ms(self, work: DecodeWork, sms: int) -> float:
         return work.kv_tokens / 1e6 * max(1.0, self.device_sms / 2 / sms)
+
+    def mixed_ms(self, prefill: PrefillWork, decode: DecodeWork, backend: str) -> float:
+        parts = self.prefill_ms(prefill, backend, self.device_sms), self.decode_ms(decode, self.device_sms)
+        return max(parts) + 0.3 * min(parts)
 
     def _beside(self, prefill: PrefillWork, backend: str, decode: DecodeWork, at: Sharing) -> tuple[float, float]:
         slower = {"split": 1.25, "capped": 1.4, "priority": 1.9, "streams": 2.0}[at.mode]
@@ -108,6 +117,7 @@ class OpenClosedForm:
 
     @contextmanager
     def __call__(self, config: SweepConfig, command: str) -> Iterator[tuple[ClosedFormBench, dict[str, object]]]:
-        self.asked.append((config.attention, config.step_sms, command))
-        self.bench.step_sms = config.step_sms
+        if isinstance(config, PartitionSweep):
+            self.bench.step_sms = config.step_sms
+        self.asked.append((config.attention, self.bench.step_sms, command))
         yield self.bench, {"gpu": "closed form", "device_sms": self.bench.device_sms, "command": command}

@@ -123,6 +123,39 @@ def test_the_tables_fit_the_terminal_and_no_number_is_cut(
     assert [re.match(r"\d+/\d+", row) is not None for row in rows] == [True] * 16
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_with_fused_chunks_every_row_of_the_frontier_is_one_line(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["show", "h200/llama-3-8b", "--tpot-ms", "20"]) == 0
+    lines = shown(capsys).splitlines()
+    assert max(map(len, lines)) <= width
+    rows = lines[lines.index("The frontier: decode step against prefill throughput") + 4 :]
+    rows = rows[: next(i for i, row in enumerate(rows) if row.startswith("In turn"))]
+    names = [f"{n}/{132 - n}" for n in range(16, 128, 16)] + ["capped-32", "capped-64", "capped-96", "priority"]
+    names += ["chunked-256", "chunked-512", "chunked-1024", "chunked-2048"]
+    assert [row.split()[0] for row in rows] == names
+
+
+def test_the_document_and_the_page_have_the_fused_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_profile(tmp_path / "p", all_modes=True, overheads={"mixed_start_ms": 0.25})
+    page = tmp_path / "p.html"
+    words = ["--tokens=1024", "--context=512", "--batch=16", "--kv-tokens=16384", "--html", str(page)]
+    assert main(["show", str(folder), *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    chunks = [p for p in found["frontier"]["points"] if p["mode"] == "mixed"]
+    assert [(p["sharing"], p["chunk_tokens"]) for p in chunks] == [(f"chunked-{n}", n) for n in (256, 512, 1024, 2048)]
+    assert {(p["prefill_sms"], p["decode_sms"], p["source"]) for p in chunks} == {(32, 32, "interpolated")}
+    for p in chunks:
+        assert p["prefill_tps"] * p["decode_step_ms"] / 1e3 == pytest.approx(p["chunk_tokens"] - 16)
+    assert found["grid"]["mixed"]["rows"] == 3 * 3 * 3 * 3
+    assert "mixed" in found["provenance"]
+    text = page.read_text(encoding="utf-8")
+    assert "<td>chunked-2048" in text
+    assert "N - 16 of them of prompts; each is a decode step. Starting one takes 0.250 ms" in text
+
+
 def test_a_measured_load_has_no_mark_and_others_are_marked_and_warned_of(
     profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,10 +10,23 @@ from typing import Any
 
 import pytest
 from closed_form_bench import ClosedFormBench, OpenClosedForm
+from synthetic_profile import write_profile
 
 from semipd.cli import main
-from semipd.config import Attention, HybridSweep, PrefillSweep, load
-from semipd.sweep import DecodePoint, HybridPoint, PrefillPoint, TotalPoint, read_table
+from semipd.config import Attention, HybridSweep, MixedSweep, PrefillSweep, load
+from semipd.profile import load_profile
+from semipd.sweep import (
+    DecodePoint,
+    DecodeWork,
+    HybridPoint,
+    MixedPoint,
+    PrefillPoint,
+    PrefillWork,
+    TotalPoint,
+    read_table,
+)
+
+LAYERS = 4
 
 
 def document(out: str) -> dict[str, Any]:
@@ -87,6 +100,69 @@ def test_the_hybrid_document_gives_both_baselines_and_the_speed_ups_over_them(
     assert found["provenance"]["total"]["device_sms"] == 132
 
 
+def test_a_mixed_sweep_measures_each_chunk_fused_and_both_parts_alone_on_the_whole_device(tmp_path: Path) -> None:
+    out, opened = tmp_path / "m", OpenClosedForm()
+    assert main(["sweep", "mixed", "--out", str(out)], opened) == 0
+    fused = read_table(out / "mixed.csv", MixedPoint)
+    assert {(p.tokens, p.mean_context, p.backend) for p in fused.points} == {
+        (n, 2048, b) for n in (256, 512, 1024, 2048) for b in ("fa2", "fa3")
+    }
+    assert {(p.batch, p.kv_tokens, p.steps) for p in fused.points} == {(128, 128 * 4096, 10)}
+    assert fused.provenance["command"] == f"semipd sweep mixed --out {out}"
+    alone, decode = read_table(out / "prefill.csv", PrefillPoint).points, read_table(out / "decode.csv", DecodePoint)
+    assert {p.sms for p in alone} == {p.sms for p in decode.points} == {132}
+    assert {p.backend for p in alone} == {"fa2", "fa3", "fa3-sized"}
+    assert {(p.seq_tokens, p.seq_context) for p in alone} == {(p.seq_tokens, p.seq_context) for p in fused.points}
+    assert load(out / "mixed.yaml", MixedSweep) == MixedSweep()
+
+
+def test_the_mixed_document_gives_the_speed_ups_over_the_parts_in_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sweep", "mixed", "--chunk", "256", "--chunk", "4096", "--batch", "64", "--context", "1024", "--json"]
+    opened = OpenClosedForm()
+    assert main([*words, "--out", str(tmp_path / "m")], opened) == 0
+    found = document(capsys.readouterr().out)
+    assert found["complete"] is True
+    tables = found["tables"]
+    (decode,) = tables["decode"]
+    assert (decode["batch"], decode["kv_tokens"]) == (64, 64 * 1024)
+    alone = {(p["tokens"], p["backend"]): p["median_ms"] for p in tables["prefill"]}
+    assert {(g["fused"]["tokens"], g["fused"]["backend"]) for g in found["summary"]} == {
+        (n, b) for n in (256, 4096) for b in ("fa2", "fa3")
+    }
+    for gain in found["summary"]:
+        tokens, backend, took = (gain["fused"][name] for name in ("tokens", "backend", "median_ms"))
+        fastest = min(ms for (n, _), ms in alone.items() if n == tokens)
+        assert gain["over_same"] == pytest.approx((alone[tokens, backend] + decode["median_ms"]) / took)
+        assert gain["over_fastest"] == pytest.approx((fastest + decode["median_ms"]) / took)
+
+
+def test_the_table_of_a_mixed_sweep_is_one_that_a_profile_takes(tmp_path: Path) -> None:
+    folder = write_profile(tmp_path / "p", 132, layers=LAYERS)
+    grid = ["--chunk", "16", "--chunk", "1024", "--set", "decode={batches: [8, 128], kv_tokens: [512, 65536]}"]
+    opened = OpenClosedForm()
+    assert main(["sweep", "mixed", *grid, "--out", str(tmp_path / "m")], opened) == 0
+    for name in ("mixed.csv", "mixed.json"):
+        (tmp_path / "m" / name).rename(folder / name)
+    chunk, decode = PrefillWork.at(1024, 2048), DecodeWork(128, 65536)
+    step_s, outside = load_profile(folder).cost().mixed_s(chunk.shape, decode.shape)
+    fastest_ms = min(opened.bench.mixed_ms(chunk, decode, b) for b in ("fa2", "fa3"))
+    assert (step_s, outside) == (pytest.approx(LAYERS * fastest_ms / 1e3, abs=1e-8), False)
+
+
+def test_a_mixed_sweep_has_no_partitions_and_needs_a_baseline_for_each_backend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sweep", "mixed", "--out", str(tmp_path / "m"), "--set"]
+    assert main([*words, "sms=[64]"], OpenClosedForm()) == 2
+    assert "sms: unknown" in capsys.readouterr().err
+    assert main([*words, "in_turn_backends=[fa2]"], OpenClosedForm()) == 2
+    assert capsys.readouterr().err == (
+        "error: command line: in_turn_backends lacks fa3 of backends; expected all of these, too\n"
+    )
+
+
 def test_a_solo_table_leaves_one_backend_for_each_partition(tmp_path: Path) -> None:
     solo, out = tmp_path / "solo dir", tmp_path / "h"
     words = ["--seqs", "4", "--out", str(solo)]
@@ -101,7 +177,7 @@ def test_a_solo_table_leaves_one_backend_for_each_partition(tmp_path: Path) -> N
         assert here[p.prefill_backend] == min(here.values())
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode", "hybrid"])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "hybrid", "mixed"])
 def test_interrupting_keeps_what_was_measured_and_resume_measures_the_rest(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

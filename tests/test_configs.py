@@ -11,6 +11,7 @@ from semipd.config import (
     CompareConfig,
     DecodeSweep,
     HybridSweep,
+    MixedSweep,
     PrefillSweep,
     ReplayConfig,
     SweepConfig,
@@ -23,6 +24,12 @@ from semipd.profiler import decode_works, hybrid_plan, prefill_works, solo_sms
 CONFIGS = Path(__file__).parent.parent / "configs"
 SWEEPS = CONFIGS / "sweeps"
 H200_SMS = 132
+SCHEMAS: dict[str, type[SweepConfig]] = {
+    "prefill": PrefillSweep,
+    "decode": DecodeSweep,
+    "hybrid": HybridSweep,
+    "mixed": MixedSweep,
+}
 
 
 def configs() -> list[Path]:
@@ -30,8 +37,7 @@ def configs() -> list[Path]:
 
 
 def loaded(path: Path) -> SweepConfig:
-    schema = {"prefill": PrefillSweep, "decode": DecodeSweep, "hybrid": HybridSweep}[read_yaml(path)["kind"]]
-    return load(path, schema)
+    return load(path, SCHEMAS[read_yaml(path)["kind"]])
 
 
 def points(config: SweepConfig) -> int:
@@ -40,6 +46,9 @@ def points(config: SweepConfig) -> int:
         return len(prefill_works(config.prefill)) * len(solo_sms(config, H200_SMS)) * len(config.backends)
     if isinstance(config, DecodeSweep):
         return len(decode_works(config.decode)) * len(solo_sms(config, H200_SMS))
+    if isinstance(config, MixedSweep):
+        chunks, decodes = len(prefill_works(config.prefill)), len(decode_works(config.decode))
+        return chunks * len(config.in_turn_backends) + decodes + chunks * decodes * len(config.backends)
     assert isinstance(config, HybridSweep)
     plan = hybrid_plan(config, H200_SMS)
     return len(plan.totals) + len(plan.contention) * len(decode_works(config.decode))
@@ -64,9 +73,7 @@ def test_the_file_of_the_default_comparison_says_what_the_command_does_without_o
     assert load(CONFIGS / "compare-azure-conv.yaml", CompareConfig) == CompareConfig()
 
 
-@pytest.mark.parametrize(
-    ("name", "schema"), [("prefill", PrefillSweep), ("decode", DecodeSweep), ("hybrid", HybridSweep)]
-)
+@pytest.mark.parametrize(("name", "schema"), SCHEMAS.items())
 def test_the_file_of_a_default_sweep_says_what_the_command_does_without_one(
     name: str, schema: type[SweepConfig]
 ) -> None:

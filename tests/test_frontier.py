@@ -13,6 +13,7 @@ from synthetic_profile import (
     decode_ms,
     decode_slowdown,
     hybrid_points,
+    mixed_ms,
     prefill_ms,
     prefill_slowdown,
     write_profile,
@@ -20,8 +21,9 @@ from synthetic_profile import (
 
 from semipd.core import InputError
 from semipd.frontier import IN_TURN, InTurn, OperatingPoint, best_where, dominator, optimum
+from semipd.prices import Place, Source, worst
 from semipd.profile import Profile, load_profile
-from semipd.survey import TYPICAL, Place, Source, Survey, nearest_to, survey, worst
+from semipd.survey import TYPICAL, Survey, nearest_to, survey
 from semipd.sweep import Sharing
 
 DEVICE, LAYERS = 32, 4
@@ -43,6 +45,12 @@ points_lists = numbers.map(operating)
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return load_profile(write_profile(tmp_path_factory.mktemp("profile") / "p", DEVICE, layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def with_chunks(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    folder = write_profile(tmp_path_factory.mktemp("profile") / "all", DEVICE, layers=LAYERS, all_modes=True)
+    return load_profile(folder)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +277,69 @@ def test_a_mode_that_was_not_measured_completely_is_left_out_and_the_reason_kept
     assert "no point at" in found.refused["capped"]
 
 
+def test_a_fused_chunk_is_a_decode_step_that_leaves_what_decode_does_not_need_to_prompts(with_chunks: Profile) -> None:
+    found = at(with_chunks, GRID)
+    others = ["8/24", "16/16", "24/8", "capped-8", "capped-16", "capped-24", "priority"]
+    chunks = found.points[len(others) :]
+    assert [p.name for p in found.points[: len(others)]] == others
+    assert [p.name for p in chunks] == ["chunked-256", "chunked-512", "chunked-1024", "chunked-2048"]
+    for point in chunks:
+        prompt = point.chunk_tokens - GRID.batch
+        step_s = LAYERS * mixed_ms(prompt, GRID.mean_context, GRID.batch, GRID.kv_tokens) / 1e3
+        assert point.step_s == pytest.approx(step_s)
+        assert point.prefill_tps == pytest.approx(prompt / step_s)
+        assert (point.source, point.spread) == (Source.INTERPOLATED, None)
+    assert found.missing_modes == ("streams",)
+    assert found.refused == {}
+
+
+def test_a_fused_chunk_that_was_measured_is_said_to_be_and_has_its_spread(with_chunks: Profile) -> None:
+    assert with_chunks.mixed is not None
+    moved = [replace(p, tokens=240) if p.tokens == 256 else p for p in with_chunks.mixed.points]
+    profile = replace(with_chunks, mixed=replace(with_chunks.mixed, points=tuple(moved)))
+    (point,) = (p for p in at(profile, GRID).points if p.name == "chunked-256")
+    assert point.source is Source.MEASURED
+    assert point.spread == pytest.approx(1.05 - 0.98)
+
+
+def test_the_optimum_is_a_fused_chunk_where_that_has_the_most_prefill(with_chunks: Profile) -> None:
+    found = at(with_chunks, GRID, tpot_s=10.0)
+    (largest,) = (p for p in found.points if p.name == "chunked-2048")
+    assert largest.prefill_tps > max(p.prefill_tps for p in found.points if p != largest)
+    assert found.optimum is not None
+    assert found.optimum.best == largest
+    names = {s.best for s in found.best_where} | set(found.dominated)
+    assert {f"chunked-{n}" for n in (256, 512, 1024, 2048)} <= names
+
+
+def test_chunks_of_more_or_fewer_prompt_tokens_than_were_measured_are_left_out_and_named(with_chunks: Profile) -> None:
+    assert with_chunks.mixed is not None
+    kept = [p for p in with_chunks.mixed.points if p.tokens <= 256]
+    profile = replace(with_chunks, mixed=replace(with_chunks.mixed, points=tuple(kept)))
+    found = at(profile, replace(GRID, batch=256))
+    assert [p.name for p in found.points if p.chunk_tokens] == ["chunked-512"]
+    assert {name: why.split(";")[0] for name, why in found.refused.items()} == {
+        "chunked-256": "beside 256 decode tokens it has 0 prompt tokens a step",
+        "chunked-1024": "beside 256 decode tokens it has 768 prompt tokens a step",
+        "chunked-2048": "beside 256 decode tokens it has 1792 prompt tokens a step",
+    }
+    assert found.refused["chunked-256"].endswith("; 1 to 256 were measured")
+
+
+def test_fused_steps_that_were_not_measured_completely_are_left_out_and_the_reason_kept(with_chunks: Profile) -> None:
+    assert with_chunks.mixed is not None
+    profile = replace(with_chunks, mixed=replace(with_chunks.mixed, points=with_chunks.mixed.points[:-1]))
+    found = at(profile, GRID)
+    assert not any(p.chunk_tokens for p in found.points)
+    assert list(found.refused) == ["mixed"]
+    assert "no point at" in found.refused["mixed"]
+
+
+def test_a_load_outside_the_fused_grid_is_marked_so(with_chunks: Profile) -> None:
+    beyond = at(with_chunks, replace(GRID, kv_tokens=1_000_000))
+    assert {p.source for p in beyond.points if p.chunk_tokens} == {Source.OUTSIDE}
+
+
 @pytest.mark.parametrize(
     ("place", "tpot_s", "message"),
     [
@@ -285,6 +356,17 @@ def test_a_load_that_makes_no_sense_is_refused(
     with pytest.raises(InputError) as error:
         at(profile, place, tpot_s)
     assert str(error.value) == message
+
+
+def test_every_table_has_its_extent_and_its_provenance(profile: Profile, with_chunks: Profile) -> None:
+    for loaded, names in (
+        (profile, {"prefill", "decode", "hybrid"}),
+        (with_chunks, {"prefill", "decode", "hybrid", "mixed"}),
+    ):
+        found = survey(loaded)
+        assert set(found.extents) == set(found.provenance) == names
+    assert found.extents["mixed"].values["tokens"] == (1, 256, 2048)
+    assert found.provenance["mixed"]["gpu"] == "closed form"
 
 
 def test_the_extent_is_that_of_the_tables(profile: Profile) -> None:

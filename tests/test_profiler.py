@@ -24,6 +24,7 @@ from semipd.profiler import (
     solo_sms,
     sweep_decode,
     sweep_hybrid,
+    sweep_mixed,
     sweep_prefill,
     sweep_total,
     within,
@@ -32,6 +33,7 @@ from semipd.sweep import (
     DecodePoint,
     DecodeWork,
     HybridPoint,
+    MixedPoint,
     PrefillPoint,
     PrefillWork,
     Sharing,
@@ -177,6 +179,23 @@ def test_a_hybrid_sweep_puts_every_prefill_cell_beside_every_decode_batch(tmp_pa
     assert point.decode_median_ms == pytest.approx(1.25 * bench.decode_ms(DECODE, 68), abs=1e-6)
 
 
+def test_a_mixed_sweep_fuses_every_chunk_with_every_decode_batch_and_has_the_benchs_time_of_a_layer(
+    tmp_path: Path,
+) -> None:
+    bench, table = ClosedFormBench(), writer(tmp_path, MixedPoint)
+    chunks, decodes = [PrefillWork.at(n, 2048) for n in (256, 2048)], [DECODE, DecodeWork(1, 256)]
+    drained(sweep_mixed(bench, table, chunks, decodes, ["fa2", "fa3"], 10))
+    found = {(p.tokens, p.mean_context, p.batch, p.kv_tokens, p.backend): p for p in table.points}
+    assert set(found) == {
+        (c.tokens, 2048, d.batch, d.kv_tokens, b) for c in chunks for d in decodes for b in ("fa2", "fa3")
+    }
+    for chunk in chunks:
+        for decode in decodes:
+            point = found[chunk.tokens, 2048, decode.batch, decode.kv_tokens, "fa3"]
+            assert point.median_ms == pytest.approx(bench.mixed_ms(chunk, decode, "fa3"), abs=1e-6)
+            assert (point.seqs, point.seq_tokens, point.seq_context) == (1, chunk.tokens, 2048 - chunk.tokens // 2)
+
+
 def test_fixed_work_in_turn_is_the_sum_of_both_alone_and_together_the_longer(tmp_path: Path) -> None:
     bench, table = ClosedFormBench(), writer(tmp_path, TotalPoint)
     cells = [("fa2", Sharing("in-turn", SMS, SMS)), ("fa2", Sharing("split", 64, 68))]
@@ -227,11 +246,12 @@ def test_every_kind_of_sweep_measures_nothing_again(tmp_path: Path) -> None:
         drained(sweep_decode(bench, writer(tmp_path, DecodePoint, resume=resume), [DECODE], [64], 2))
         drained(sweep_hybrid(bench, writer(tmp_path, HybridPoint, resume=resume), plan, [DECODE], 2))
         drained(sweep_total(bench, writer(tmp_path, TotalPoint, resume=resume), PREFILL, DECODE, cells, (1, 1), 2))
+        drained(sweep_mixed(bench, writer(tmp_path, MixedPoint, resume=resume), [PREFILL], [DECODE], ["fa2"], 2))
 
     first, again = ClosedFormBench(), ClosedFormBench()
     everything(first, False)
     everything(again, True)
-    assert len(first.calls) == 5
+    assert len(first.calls) == 6
     assert again.calls == []
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console, RenderableType
 
-from semipd.report.speedup import summarise_totals
-from semipd.report.tables import STAR, hybrid_report, solo_report, trace_report
-from semipd.sweep import DecodePoint, HybridPoint, PrefillPoint, TotalPoint
+from semipd.report.speedup import fused_gains, summarise_totals
+from semipd.report.tables import STAR, hybrid_report, mixed_report, solo_report, trace_report
+from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, TotalPoint
 from semipd.trace import info, read_trace, shipped
 
 # Of one H200: fixed work of 10 prefill (4 x 4096) and 100 decode (128 x 4096) layers.
@@ -121,6 +122,39 @@ def test_a_sweep_cut_short_is_shown_as_far_as_it_went() -> None:
     assert rows(rendered(hybrid_report([], TOTALS[2:], 132)), "64/68")[0][5:] == ["-", "-"]
 
 
+CHUNKS = [
+    PrefillPoint(132, tokens, 2048, 1, tokens, 2048 - tokens // 2, backend, 10, ms, ms, ms)
+    for tokens, backend, ms in [
+        (256, "fa2", 0.10), (256, "fa3", 0.08), (512, "fa2", 0.20), (512, "fa3", 0.12), (512, "fa3-sized", 0.10),
+    ]
+]  # fmt: skip
+FUSED = [
+    MixedPoint(tokens, 2048, 1, tokens, 2048 - tokens // 2, 128, 524288, backend, 10, ms, 0.98 * ms, 1.02 * ms)
+    for tokens, backend, ms in [(256, "fa2", 0.60), (256, "fa3", 0.58), (512, "fa2", 0.56), (512, "fa3", 0.62)]
+]
+
+
+def test_a_fused_batch_stands_beside_its_parts_in_turn_and_the_one_that_gains_most_has_the_star() -> None:
+    text = rendered(mixed_report(FUSED, CHUNKS, DECODE[2:], 132))
+    assert rows(text, "1 x 256 after 1920") == [
+        ["1", "x", "256", "after", "1920", "fa3", "0.080", "0.581", "0.580", "4.0", "1.00", "1.00"],
+        ["1", "x", "256", "after", "1920", "fa2", "0.100", "0.601", "0.600", "4.0", "1.00", "0.97"],
+    ]
+    assert rows(text, "1 x 512 after 1792") == [
+        ["1", "x", "512", "after", "1792", "fa2", "0.200", "0.701", "0.560", "4.0", "1.25", "1.07", STAR],
+        ["1", "x", "512", "after", "1792", "fa3", "0.120", "0.621", "0.620", "4.0", "1.00", "0.97"],
+    ]
+    assert text.splitlines()[0].rstrip() == "Chunks fused with decode 128 x 4096, ms of one layer, whole device"
+    assert "then decode alone (0.501 ms)" in text
+
+
+def test_a_mixed_sweep_cut_short_shows_the_parts_that_were_measured() -> None:
+    assert "prefill 1 x 256 after 1920" in rendered(mixed_report([], CHUNKS, [], 132))
+    assert "decode 128 x 4096" in rendered(mixed_report([], CHUNKS, DECODE[2:], 132))
+    assert len(fused_gains(FUSED, CHUNKS[:2], DECODE[2:])) == 2
+    assert fused_gains(FUSED, CHUNKS, []) == []
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_fit_the_width_with_every_number_whole(width: int) -> None:
     slow = [TotalPoint("split", 128, 4, "fa3-sized", "fa2", 10, 100, 9, 46.1, 12345.6, 12345.6, 12345.6, 12345.6)]
@@ -130,6 +164,7 @@ def test_tables_fit_the_width_with_every_number_whole(width: int) -> None:
         hybrid_report([*STEADY, steady(slow[0], 1234.56, 123.4)], points, 132),
         solo_report(PREFILL, 132),
         solo_report([*DECODE, DecodePoint(132, 1, 256, "fa2", 9, 0.004, 0.004, 0.004)], 132),
+        mixed_report([replace(p, median_ms=1234.5) for p in FUSED], CHUNKS, DECODE[2:], 132),
         trace_report(info(read_trace(shipped("azure-conv-synth.csv")))),
     ]
     texts = [rendered(report, width) for report in reports]

@@ -41,8 +41,8 @@ def gpu_bench(config: SweepConfig, command: str) -> Iterator[tuple[Bench, dict[s
     from semipd.provenance import provenance
 
     gqa = Gqa(**config.attention.model_dump())
-    with GpuBench(gqa, config.step_sms, settle_ms=config.settle_ms, rest_ms=config.rest_ms) as bench:
-        load = {"settle_ms": config.settle_ms, "rest_ms": config.rest_ms}
+    load = config.model_dump(include={"settle_ms", "rest_ms"})
+    with GpuBench(gqa, **config.model_dump(include={"step_sms"}), **load) as bench:
         work = {**config.attention.model_dump(), "layers": 1, "page_size_tokens": 16}
         yield bench, provenance(work, command) | load
 

@@ -169,6 +169,49 @@ def hybrid(
     )
 
 
+@app.command("mixed")
+def mixed(
+    ctx: typer.Context,
+    config: Config = None,
+    sets: Sets = None,
+    chunk: Annotated[list[int] | None, typer.Option(metavar="N", help="Prompt tokens of a chunk; repeatable.")] = None,
+    batch: Batch = None,
+    context: Context = None,
+    runs: Runs = None,
+    limit_s: Limit = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Both fused in one call; by default chunks of 256 to 2048 prompt tokens with 128 sequences of 4096.
+
+    Beside them each part alone, on the whole device, too: in turn, they are the baseline.
+    """
+    from semipd.config import MixedSweep
+    from semipd.profiler import decode_works, prefill_works, sweep_decode, sweep_mixed, sweep_prefill
+    from semipd.report.speedup import fused_gains
+    from semipd.report.tables import mixed_report
+    from semipd.sweep import DecodePoint, MixedPoint, PrefillPoint
+
+    options = {"prefill.tokens": chunk or None, "decode.batch": batch, "decode.context": context}
+    swept = _configured(MixedSweep, config, sets, options | _common(None, runs, limit_s))
+
+    def plan(bench: Bench, folder: Folder) -> list[Stage]:
+        prefills, decodes, whole = prefill_works(swept.prefill), decode_works(swept.decode), [bench.device_sms]
+        alone, beside = folder.table("prefill", PrefillPoint), folder.table("decode", DecodePoint)
+        fused = folder.table("mixed", MixedPoint)
+        return [
+            Stage(alone, sweep_prefill(bench, alone, prefills, swept.in_turn_backends, whole, swept.runs)),
+            Stage(beside, sweep_decode(bench, beside, decodes, whole, swept.runs)),
+            Stage(fused, sweep_mixed(bench, fused, prefills, decodes, swept.backends, swept.runs)),
+        ]
+
+    done = _measure(ctx.obj, swept, out or Path("runs/sweep-mixed"), resume, plan)
+    tables = done.points("mixed"), done.points("prefill"), done.points("decode")
+    gains = [gain.document() for gain in fused_gains(*tables)]
+    _finish(ctx.obj, done, as_json, lambda: mixed_report(*tables, done.device_sms), {"summary": gains})
+
+
 @dataclass(frozen=True)
 class Folder:
     """Where a sweep's tables go, and what they carry."""

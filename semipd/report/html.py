@@ -14,6 +14,7 @@ from matplotlib import ticker
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from semipd.prices import Shared, Source, Time
 from semipd.report.profile import (
     MARKS,
     MARKS_NOTE,
@@ -30,11 +31,11 @@ from semipd.report.profile import (
     timed,
     warnings,
 )
-from semipd.survey import Shared, Source, Survey, Time
+from semipd.survey import Survey
 
 PREFILL, DECODE, IN_TURN = "tab:blue", "tab:orange", "0.45"
 
-_MODE_MARKS = {"split": "o", "capped": "s", "priority": "^", "streams": "D"}
+_MODE_MARKS = {"split": "o", "capped": "s", "priority": "^", "streams": "D", "mixed": "P"}
 
 _STYLE = """
 :root { color-scheme: light }
@@ -118,16 +119,16 @@ def _frontier_table(found: Survey) -> str:
         "best for TPOT, ms", "worse than",
     )  # fmt: skip
     rows = []
-    for point, s in zip(found.points, found.shared, strict=True):
+    for point in found.points:
         gain, by = found.in_turn.gain(point), found.dominated.get(point.name, "")
         cells = (
             f"{point.name} {TAKE}" if point.name == take else point.name,
-            MARKS[s.source] + number(point.step_s * 1e3),
-            MARKS[s.source] + rate(point.prefill_tps),
+            MARKS[point.source] + number(point.step_s * 1e3),
+            MARKS[point.source] + rate(point.prefill_tps),
             MARKS[found.in_turn_source] + rate(found.in_turn.tps_at(point.step_s)),
             "-" if gain is None else f"{gain:.2f}",
             f"{found.in_turn.weighted_speedup(point):.3f}",
-            "-" if s.spread is None else f"{100 * s.spread:.1f}",
+            "-" if point.spread is None else f"{100 * point.spread:.1f}",
             stretch_of(point.name, found.best_where),
             by,
         )
@@ -234,13 +235,13 @@ def _frontier_plot(found: Survey) -> Figure:
     axes.plot([x * 1e3 for x, _ in best], [y / 1e3 for _, y in best], color="tab:green", alpha=0.35, linewidth=4,
               label="most prefill within a TPOT limit")  # fmt: skip
     take = found.optimum.take if found.optimum else None
-    for mode in dict.fromkeys(s.sharing.mode for s in found.shared):
-        axes.plot([], [], _MODE_MARKS[mode], color=PREFILL, label=mode)
-    for point, s in zip(found.points, found.shared, strict=True):
+    for mode in dict.fromkeys(point.sharing.mode for point in found.points):
+        axes.plot([], [], _MODE_MARKS[mode], color=PREFILL, label="fused chunks" if mode == "mixed" else mode)
+    for point in found.points:
         worse = point.name in found.dominated
         colour = "0.65" if worse else PREFILL
         x, y = point.step_s * 1e3, point.prefill_tps / 1e3
-        _dots(axes, [x], [y], [s.source], marker=_MODE_MARKS[s.sharing.mode], color=colour, markersize=6)
+        _dots(axes, [x], [y], [point.source], marker=_MODE_MARKS[point.sharing.mode], color=colour, markersize=6)
         axes.annotate(
             point.name, (x, y), xytext=(-5, 4), textcoords="offset points", fontsize=8, ha="right", color=colour
         )
@@ -249,7 +250,7 @@ def _frontier_plot(found: Survey) -> Figure:
                       zorder=1, label="best within the TPOT target")  # fmt: skip
     if found.dominated:
         axes.plot([], [], "o", color="0.65", label="worse than another")
-    _source_legend(axes, (s.source for s in found.shared))
+    _source_legend(axes, (point.source for point in found.points))
     if found.optimum is not None:
         x = found.optimum.tpot_s * 1e3
         axes.axvline(x, color="tab:red", linewidth=1, label=f"TPOT target {number(x)} ms")

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from semipd.frontier import IN_TURN, Optimum, Stretch
+from semipd.prices import Beside, Shared, Source, Time
 from semipd.report.tables import plain_table
-from semipd.survey import Beside, Extent, Shared, Source, Survey, Time
+from semipd.survey import Extent, Survey
 
 MARKS = {Source.MEASURED: "", Source.INTERPOLATED: "~", Source.OUTSIDE: "!"}
 """In front of every value."""
@@ -107,12 +108,17 @@ def frontier_notes(found: Survey) -> list[str]:
         "in turn: its prefill tokens/s with decode equally fast; gain: how many times that this is. work: the rates of "
         "both phases as shares of the whole device's alone, summed; in turn has 1. spread: p90 - p10 of the measured "
         "steps, of the phase where it is larger; a gain within it may be none. best for: the TPOT limits for which "
-        "nothing has more prefill. worse than: what has no slower decode and no less prefill.",
+        "nothing has more prefill. worse than (<): what has no slower decode and no less prefill.",
         f"In turn is best for TPOT limits (ms): {_stretches(found.best_where) or 'none'}.",
     ]
-    missing = ", ".join(found.missing_modes)
-    notes.append(f"Not measured in this profile: {missing}.")
-    notes += [f"{mode} rows are not shown: {why}" for mode, why in found.refused.items()]
+    if any(point.chunk_tokens for point in found.points):
+        start_ms = found.profile.overheads.mixed_start_ms
+        prompts = f"N - {found.place.batch} of them of prompts; each is a decode step"
+        starts = f" Starting one takes {number(start_ms)} ms, left out as all starts are here." if start_ms else ""
+        notes.append(f"chunked-N: fused steps of N tokens on the whole device, {prompts}.{starts}")
+    if found.missing_modes:
+        notes.append(f"Not measured in this profile: {', '.join(found.missing_modes)}.")
+    notes += [f"{name} is not shown: {why}." for name, why in found.refused.items()]
     return notes
 
 
@@ -140,7 +146,7 @@ def _optimum(found: Survey, best: Optimum) -> list[str]:
     point = best.best
     if point is None:
         return [f"{start}: only in turn meets it, with {at_limit} prefill tokens/s."]
-    own = MARKS[next(s.source for s in found.shared if s.sharing == point.sharing)]
+    own = MARKS[point.source]
     ratio = found.in_turn.gain(point)
     gain = (
         "in turn is never that fast"
@@ -260,11 +266,11 @@ def shade(value: float, low: float, high: float) -> Style:
 
 
 def _frontier(found: Survey) -> Group:
-    columns = ("decode\nms", "prefill\ntok/s", "in turn\ntok/s", "\ngain", "\nwork", "spread\n%", "best for\nTPOT ms")
-    table = _table("<sharing", *columns, "<worse\nthan")
+    columns = ("decode\nms", "prefill\ntok/s", "in turn\ntok/s", "\ngain", "\nwork", "spread\n%", "<best for\nTPOT ms")
+    table = _table("<sharing", *columns)
     take = found.optimum.take if found.optimum else None
-    for point, s in zip(found.points, found.shared, strict=True):
-        name, mark = point.name, MARKS[s.source]
+    for point in found.points:
+        name, mark = point.name, MARKS[point.source]
         ratio = found.in_turn.gain(point)
         table.add_row(
             f"{name} {TAKE}" if name == take else name,
@@ -273,9 +279,8 @@ def _frontier(found: Survey) -> Group:
             MARKS[found.in_turn_source] + rate(found.in_turn.tps_at(point.step_s)),
             "-" if ratio is None else f"{ratio:.2f}",
             f"{found.in_turn.weighted_speedup(point):.3f}",
-            "-" if s.spread is None else f"{100 * s.spread:.1f}",
-            stretch_of(name, found.best_where),
-            found.dominated.get(name, ""),
+            "-" if point.spread is None else f"{100 * point.spread:.1f}",
+            f"< {better}" if (better := found.dominated.get(name)) else stretch_of(name, found.best_where),
         )
     return Group(Text("The frontier: decode step against prefill throughput", style="bold"), table)
 

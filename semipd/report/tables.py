@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from semipd.report.speedup import Gain, TotalSummary, summarise_totals
-from semipd.sweep import DecodePoint, HybridPoint, PrefillPoint, Sharing, TotalPoint
+from semipd.report.speedup import FusedGain, Gain, TotalSummary, fused_gains, summarise_totals
+from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing, TotalPoint
 from semipd.trace import TraceInfo
 
 STAR = "★"
@@ -179,6 +179,37 @@ def _contention_grid(points: Sequence[HybridPoint]) -> Group:
     return _titled("Measured: each phase's layer time while the other runs throughout", table)
 
 
+def mixed_report(
+    fused: Sequence[MixedPoint], prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint], device_sms: int
+) -> RenderableType:
+    """A sweep of fused batches: one table a decode batch, beside both parts in turn; before any, the parts."""
+    gains = fused_gains(fused, prefills, decodes)
+    if not gains:
+        return Group(*(solo_report(points, device_sms) for points in (prefills, decodes) if points))
+    by_decode = groupby(gains, key=lambda gain: (gain.fused.batch, gain.fused.kv_tokens))
+    return Group(*(_fused_table(list(own)) for _, own in by_decode))
+
+
+def _fused_table(gains: Sequence[FusedGain]) -> Group:
+    best = max(gains, key=lambda gain: gain.over_fastest)
+    table = _table(
+        "<chunk", "<backend", "prefill\nms", "in turn\nms", "fused\nms", "spread\n%", "x\nsame", "x\nbest", ""
+    )
+    for gain in gains:
+        p = gain.fused
+        row = [_prompts(p), p.backend, _ms(gain.prefill_ms), _ms(gain.in_turn_ms), _ms(p.median_ms)]
+        row += [f"{100 * (p.p90_ms - p.p10_ms) / p.median_ms:.1f}", f"{gain.over_same:.2f}", f"{gain.over_fastest:.2f}"]
+        table.add_row(*row, STAR if gain is best else "")
+    first = gains[0].fused
+    return _titled(
+        f"Chunks fused with decode {first.batch} x {first.kv_tokens / first.batch:.0f}, ms of one layer, whole device",
+        table,
+        f"in turn: prefill of the chunk alone, then decode alone ({_ms(gains[0].decode_ms)} ms).",
+        "x same, x best: speed-up over that, and over it with the fastest backend;",
+        f"{STAR} the most over the fastest.",
+    )
+
+
 def _fastest_each(points: Sequence[TotalPoint]) -> list[TotalPoint]:
     """The smallest total of each sharing."""
     best: dict[Sharing, TotalPoint] = {}
@@ -194,8 +225,12 @@ def _sharing(point: TotalPoint | HybridPoint) -> Sharing:
 def _batch(point: PrefillPoint | DecodePoint) -> str:
     if isinstance(point, DecodePoint):
         return f"decode {point.batch} x {point.kv_tokens / point.batch:.0f}"
+    return f"prefill {_prompts(point)}"
+
+
+def _prompts(point: PrefillPoint | MixedPoint) -> str:
     after = f" after {point.seq_context}" if point.seq_context else ""
-    return f"prefill {point.seqs} x {point.seq_tokens}{after}"
+    return f"{point.seqs} x {point.seq_tokens}{after}"
 
 
 def _ms(value: float) -> str:

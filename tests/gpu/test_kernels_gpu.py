@@ -12,6 +12,7 @@ from semipd.sweep import DecodeWork, PrefillWork, Sharing
 
 if TYPE_CHECKING:
     from semipd.bench import GpuBench
+    from semipd.kernels import DecodeKernel, MixedKernel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(400)]
 torch = pytest.importorskip("torch")
@@ -82,15 +83,41 @@ def test_decode_gives_the_reference(work: DecodeWork) -> None:
     kernel = DecodeKernel(Gqa(), work, seed=work.batch)
     kernel.out.fill_(float("nan"))
     kernel.launch(0)
-    pages = kernel.page_ids.to("cuda")
-    expected, first = [], 0
-    for i, length in enumerate(work.lengths()):
+    assert error(kernel.out, paged_reference(kernel, [1] * work.batch, work.lengths())) < TOLERANCE
+
+
+def paged_reference(kernel: DecodeKernel | MixedKernel, q_lens: list[int], kv_lens: list[int]) -> torch.Tensor:
+    """Sequence by sequence, from the pages that each has."""
+    expected, first, row = [], 0, 0
+    for queries, length in zip(q_lens, kv_lens, strict=True):
         count = -(-length // kernel.page_size)
-        cached = kernel.cache[0][pages[first : first + count].long()]  # [pages, 2, page_size, kv_heads, d]
+        cached = kernel.pages.cache[0][
+            kernel.pages.ids[first : first + count].long()
+        ]  # [pages, 2, page_size, heads, d]
         k, v = (cached[:, j].reshape(-1, *cached.shape[3:])[:length] for j in (0, 1))
-        expected.append(reference(kernel.q[0][i : i + 1], k, v))
-        first += count
-    assert error(kernel.out, torch.cat(expected)) < TOLERANCE
+        expected.append(reference(kernel.q[0][row : row + queries], k, v))
+        first, row = first + count, row + queries
+    return torch.cat(expected)
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (PrefillWork.prompts(1, 256, 1920), DecodeWork(128, 128 * 100)),
+        (PrefillWork.prompts(3, 333), DecodeWork(7, 7 * 333 + 3)),
+        (PrefillWork.prompts(1, 1), DecodeWork(1, 5000)),
+    ],
+)
+def test_a_fused_batch_gives_the_reference(backend: str, prefill: PrefillWork, decode: DecodeWork) -> None:
+    from semipd.kernels import Gqa, MixedKernel
+
+    kernel = MixedKernel(Gqa(), prefill, decode, backend, seed=decode.batch)
+    kernel.out.fill_(float("nan"))
+    kernel.launch(0)
+    q_lens = [1] * decode.batch + [prefill.seq_tokens] * prefill.seqs
+    kv_lens = decode.lengths() + [prefill.seq_context + prefill.seq_tokens] * prefill.seqs
+    assert error(kernel.out, paged_reference(kernel, q_lens, kv_lens)) < TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +156,9 @@ def test_fixed_work_takes_no_less_than_its_longer_phase_and_no_more_than_both_in
     assert np.allclose(split[:, 2], split[:, :2].max(axis=1))
     assert np.median(split[:, 2]) < np.median(turn[:, 2])
     assert np.median(split[:, 2]) > 100 * np.median(bench.decode(DECODE, "fa2", 132, 5))
+
+
+def test_a_fused_batch_takes_longer_with_a_larger_chunk(bench: GpuBench) -> None:
+    small, large = (bench.mixed(PrefillWork.at(n, 2048), DECODE, "fa2", 5) for n in (256, 4096))
+    assert min(len(small), len(large)) >= 5
+    assert 0 < np.median(small) < np.median(large)
