@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,7 @@ import pytest
 
 from semipd.compare import Setup, prepare
 from semipd.config import CompareConfig, TraceConfig
-from semipd.core import Request, Run, StepRecord
-from semipd.driver import replay
+from semipd.core import StepRecord
 from semipd.policies import make_policy
 from semipd.scheduler import Plan, Scheduler
 from semipd.sim import SimExecutor
@@ -35,62 +35,49 @@ class Tape:
         return Scheduler(self.setup.scheduler, policy, device_sms=cost.device_sms, layers=cost.layers)
 
 
-class TapedExecutor(SimExecutor):
-    """A simulation that notes what it is asked."""
+class Noted:
+    """An object that notes the calls of its methods on a tape."""
 
-    def __init__(self, tape: Tape) -> None:
-        super().__init__(tape.setup.cost)
-        self._tape = tape.sim
+    def __init__(self, of: Any, tape: list[tuple[str, tuple[Any, ...]]]) -> None:
+        self._of, self._tape = of, tape
 
-    def launch(self, run: Run) -> None:
-        self._tape.append(("launch", (run,)))
-        super().launch(run)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            self._tape.append((name, args))
+            return getattr(self._of, name)(*args)
 
-    def yield_(self, run_id: int) -> None:
-        self._tape.append(("yield_", (run_id,)))
-        super().yield_(run_id)
-
-    def steps_done(self, run_id: int) -> int:
-        self._tape.append(("steps_done", (run_id,)))
-        return super().steps_done(run_id)
-
-    def wait(self, until_s: float | None) -> list[StepRecord]:
-        self._tape.append(("wait", (until_s,)))
-        return super().wait(until_s)
-
-
-class TapedScheduler(Scheduler):
-    """A scheduler that notes what it is told; ``steps_done`` with the answers it got."""
-
-    def __init__(self, tape: Tape) -> None:
-        cost = tape.setup.cost
-        policy = make_policy(POLICY, cost, tape.setup.slo)
-        super().__init__(tape.setup.scheduler, policy, device_sms=cost.device_sms, layers=cost.layers)
-        self._tape = tape.scheduler
-
-    def add(self, request: Request) -> None:
-        self._tape.append(("add", (request,)))
-        super().add(request)
-
-    def schedule(self, now_s: float, steps_done: Callable[[int], int]) -> Plan:
-        answers: dict[int, int] = {}
-
-        def noted(run_id: int) -> int:
-            answers[run_id] = steps_done(run_id)
-            return answers[run_id]
-
-        self._tape.append(("schedule", (now_s, answers.__getitem__)))
-        return super().schedule(now_s, noted)
-
-    def complete(self, record: StepRecord) -> None:
-        self._tape.append(("complete", (record,)))
-        super().complete(record)
+        return called
 
 
 def taped(trace: TraceConfig) -> Tape:
-    """Replay a trace and note everything."""
+    """Replay a trace and note everything; of ``steps_done``, which the scheduler is given, the answers it got."""
     tape = Tape(prepare(CompareConfig(trace=trace)))
-    tape.records.extend(replay(tape.setup.trace.requests(), TapedScheduler(tape), TapedExecutor(tape)))
+    executor, plain = Noted(SimExecutor(tape.setup.cost), tape.sim), tape.new_scheduler()
+    scheduler, coming = Noted(plain, tape.scheduler), deque(tape.setup.trace.requests())
+
+    def schedule(now_s: float) -> Plan:
+        answers: dict[int, int] = {}
+
+        def noted(run_id: int) -> int:
+            answers[run_id] = executor.steps_done(run_id)
+            return answers[run_id]
+
+        tape.scheduler.append(("schedule", (now_s, answers.__getitem__)))
+        return plain.schedule(now_s, noted)
+
+    while coming or plain.has_unfinished():  # as driver.replay does
+        now_s = executor.now()
+        while coming and coming[0].arrival_s <= now_s:
+            scheduler.add(coming.popleft())
+        plan = schedule(now_s)
+        for run_id in plan.yields:
+            executor.yield_(run_id)
+        for run in plan.launches:
+            executor.launch(run)
+        at_once = plan.yields and not plain.drains
+        for record in executor.wait(now_s if at_once else coming[0].arrival_s if coming else None):
+            scheduler.complete(record)
+            tape.records.append(record)
     return tape
 
 

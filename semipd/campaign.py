@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from semipd.config import ProfileConfig
-from semipd.cost import TableCost
 from semipd.executor import Executor
 from semipd.holdout import measure, trials
 from semipd.model_config import ModelConfig
@@ -33,6 +32,8 @@ from semipd.profiling import (
 from semipd.roofline import RooflineCost
 from semipd.stopwatch import Decodes, Prompts, Stopwatch
 from semipd.sweep import HoldoutPoint, TableWriter
+from semipd.table_cost import TableCost
+from semipd.tables import Tables
 
 ALONE_SHARE = 0.5
 """Of the time for refinement, what the phases alone may take: all other tables are multiples of theirs."""
@@ -195,10 +196,11 @@ class Campaign:
 
     def _cost(self) -> TableCost:
         points = {name: table.points for name, table in self._tables.items()}
-        return TableCost(
+        tables = Tables.of(
             points["prefill"], points["decode"], points["hybrid"], points.get("mixed", ()),
             device_sms=self._subject.device_sms, layers=self._subject.model.layers,
         )  # fmt: skip
+        return TableCost(tables)
 
     def _new_stopwatch(self) -> Stopwatch:
         config, subject = self._config, self._subject

@@ -12,8 +12,8 @@ import numpy as np
 
 from semipd.client import ClosedLoop
 from semipd.config import SchedulerOptions, TraceConfig, Workload
-from semipd.core import InputError, Slo, StepRecord
-from semipd.cost import CostModel, Misjudged, TableCost
+from semipd.core import InputError, StepRecord
+from semipd.cost import CostModel, Misjudged
 from semipd.diagnosis import time_shares
 from semipd.driver import replay
 from semipd.executor import Executor
@@ -21,8 +21,11 @@ from semipd.log import Log
 from semipd.metrics import RequestTable, Summary, request_table, summarise
 from semipd.policies import all_names, in_order, make_policy
 from semipd.profile import Profile, load_profile
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
+from semipd.slo import Slo
+from semipd.table_cost import TableCost
 from semipd.trace import Arrivals, Reshape, Trace, read_trace, reshape, shipped
 from semipd.variation import Variation
 

@@ -281,12 +281,3 @@ class Load:
         self.decode = decode
         self.kv_free_share = kv_free_share
         self.split = split
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """Latency targets of a request in seconds; it is good when it meets both."""
-
-    ttft_s: float
-    tpot_s: float
-    name: str = field(default="custom", compare=False)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from semipd.core import FloatArray, IntArray, Request, Slo
+from semipd.core import FloatArray, IntArray, Request
 from semipd.diagnosis import Bound
 from semipd.distribution import Distribution
 from semipd.log import Log
+from semipd.slo import Slo
 from semipd.trace import Trace
 
 Saturation = Literal["stable", "backlogged", "overloaded"]

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from semipd.core import InputError
-from semipd.cost import TableCost
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.sweep import (
     DecodePoint,
@@ -23,6 +22,8 @@ from semipd.sweep import (
     read_provenance,
     read_table,
 )
+from semipd.table_cost import TableCost
+from semipd.tables import Tables
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -64,13 +65,15 @@ class Profile(ProfileHeader):
     def cost(self) -> TableCost:
         """Cost model of these tables. Raises InputError when a partition or a point of a grid is missing."""
         return TableCost(
-            self.prefill.points,
-            self.decode.points,
-            self.hybrid.points,
-            self.mixed.points if self.mixed else (),
-            device_sms=self.device_sms,
-            layers=self.layers,
-            source=str(self.folder),
+            Tables.of(
+                self.prefill.points,
+                self.decode.points,
+                self.hybrid.points,
+                self.mixed.points if self.mixed else (),
+                device_sms=self.device_sms,
+                layers=self.layers,
+                source=str(self.folder),
+            )
         )
 
     def prefill_backend(self, sms: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from reference import Batch, Job, Reference
 
 from semipd.core import PrefillShape
-from semipd.scheduler import SchedulerConfig
+from semipd.scheduler_config import SchedulerConfig
 
 Stretch = tuple[int, ...]
 """A prompt's first prefix blocks, a whole number of units of them, by their ids."""

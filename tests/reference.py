@@ -19,7 +19,7 @@ from semipd.core import Allocation, DecodeShape, FloatArray, Load, Mode, Phase, 
 from semipd.cost import CostModel
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.policies import Policy
-from semipd.scheduler import SchedulerConfig
+from semipd.scheduler_config import SchedulerConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from closed_form_cost import ClosedFormCost
 from semipd.campaign import Measured, Subject, measure_profile
 from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
-from semipd.cost import TableCost
 from semipd.holdout import errors, held_out
 from semipd.model_config import ModelConfig
 from semipd.profile import load_profile
@@ -23,6 +22,8 @@ from semipd.profiling import AXES, Area, Cell, areas_of, fitting, measured_place
 from semipd.rectangle import Rectangle
 from semipd.sim import SimExecutor
 from semipd.sweep import HoldoutPoint, PrefillWork, read_points
+from semipd.table_cost import TableCost
+from semipd.tables import Tables
 
 TRUTH = ClosedFormCost()
 MODEL = ModelConfig(
@@ -190,13 +191,8 @@ def test_refinement_puts_values_where_the_model_errs(tmp_path: Path) -> None:
     for of in places.values():
         tokens = {t for t, _ in of}
         assert of == {(t, m) for t in tokens for m in (64, 4096)}
-    straight = TableCost(
-        [p for p in tables.prefill.points if p.tokens in coarse],
-        tables.decode.points,
-        tables.hybrid.points,
-        device_sms=32,
-        layers=4,
-    )
+    few = [p for p in tables.prefill.points if p.tokens in coarse]
+    straight = TableCost(Tables.of(few, tables.decode.points, tables.hybrid.points, device_sms=32, layers=4))
     truth = ClosedFormCost(stair_tokens=1024)
     whole = Allocation(Mode.EXCLUSIVE, 32, 32)
 

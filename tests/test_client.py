@@ -18,14 +18,16 @@ from test_laws import Scenario, scenarios
 
 from semipd.cli import main
 from semipd.client import Client, ClosedLoop
-from semipd.core import Request, Slo, StepRecord
+from semipd.core import Request, StepRecord
 from semipd.cost import ConstantCost
 from semipd.driver import replay
 from semipd.log import Log
 from semipd.metrics import request_table, summarise
 from semipd.policies import make_policy
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
+from semipd.slo import Slo
 from semipd.trace import Sessions, Trace
 
 COST = ConstantCost(prefill_layer_s=0.25, decode_step_s=0.5, layers=2)  # a prompt takes 0.5 s, and so does a token

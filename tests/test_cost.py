@@ -41,7 +41,7 @@ from synthetic_profile import (
 )
 
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
-from semipd.cost import ConstantCost, CostModel, Misjudged, TableCost
+from semipd.cost import ConstantCost, CostModel, Misjudged
 from semipd.profile import Profile, load_profile, shipped_profiles
 from semipd.sweep import (
     DecodePoint,
@@ -53,6 +53,8 @@ from semipd.sweep import (
     TableWriter,
     decode_grid,
 )
+from semipd.table_cost import TableCost
+from semipd.tables import Tables
 
 DEVICE = 32
 LAYERS = 4
@@ -82,7 +84,7 @@ def model(**changed: list[PrefillPoint] | list[DecodePoint] | list[HybridPoint])
         "decode": decode_points([8, 16, 24, 32]),
         "hybrid": hybrid_points([8, 16, 24]),
     }
-    return TableCost(**(points | changed), device_sms=DEVICE, layers=LAYERS)  # type: ignore[arg-type]
+    return TableCost(Tables.of(**(points | changed), device_sms=DEVICE, layers=LAYERS))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

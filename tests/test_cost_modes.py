@@ -24,11 +24,13 @@ from synthetic_profile import (
 )
 from test_cost import assert_reproduces_every_measured_point, decode_step_s, drop_rows, edit, shape
 
-from semipd.core import Allocation, DecodeShape, InputError, Mode, Slo
-from semipd.cost import ConstantCost, Misjudged, TableCost
+from semipd.core import Allocation, DecodeShape, InputError, Mode
+from semipd.cost import ConstantCost, Misjudged
 from semipd.overheads import Overheads
 from semipd.policies import all_names, make_policy
 from semipd.profile import Profile, load_profile
+from semipd.slo import Slo
+from semipd.table_cost import TableCost
 
 DEVICE, LAYERS = 32, 4
 CAPPED = [Allocation(Mode.CAPPED, n, DEVICE) for n in (8, 16, 24)]

@@ -12,7 +12,7 @@ from synthetic_profile import write_profile
 from test_laws import Scenario, scenarios
 
 from semipd.compare import Setup, simulate
-from semipd.core import Allocation, Mode, Phase, Request, Slo
+from semipd.core import Allocation, Mode, Phase, Request
 from semipd.cost import ConstantCost
 from semipd.diagnosis import Blocked, Bound, DecodeTime, time_shares
 from semipd.driver import replay
@@ -20,8 +20,10 @@ from semipd.log import Log
 from semipd.metrics import request_table
 from semipd.policies import make_policy
 from semipd.profile import load_profile
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
+from semipd.slo import Slo
 from semipd.trace import Trace
 
 COST = ConstantCost(prefill_layer_s=0.25, decode_step_s=0.5, layers=2)

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from semipd.core import InputError, Phase, Request, Slo, StepRecord
+from semipd.core import InputError, Phase, Request, StepRecord
 from semipd.cost import ConstantCost
 from semipd.driver import replay
 from semipd.policies import make_policy
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
+from semipd.slo import Slo
 
 COST = ConstantCost(prefill_layer_s=0.25, decode_step_s=0.5, layers=2)
 

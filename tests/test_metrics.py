@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semipd.core import Allocation, FloatArray, Mode, Phase, Request, Run, Slo, StepRecord
+from semipd.core import Allocation, FloatArray, Mode, Phase, Request, Run, StepRecord
 from semipd.distribution import Distribution
 from semipd.log import Log
 from semipd.metrics import Summary, request_table, saturation, summarise
+from semipd.slo import Slo
 from semipd.trace import Trace
 
 SPLITS = (Allocation(Mode.SPLIT, 64, 68), Allocation(Mode.SPLIT, 32, 100))

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Load, Mode, Phase, PrefillShape, Slo
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Load, Mode, Phase, PrefillShape
 from semipd.cost import ConstantCost
 from semipd.policies import Policy, all_names, chosen, in_order, make_policy, whole_device
 from semipd.policies.adaptive import round_up
+from semipd.slo import Slo
 
 FULL = whole_device(132)
 SLO = Slo(ttft_s=0.5, tpot_s=0.03)

@@ -13,16 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_prefix_cache import CachingReference
+from passing_on import PassingOn
 from synthetic_profile import write_profile
 from test_laws import Scenario, scenarios, token_times
 
 from semipd.cli import main
-from semipd.core import Phase, Request, Run, Slo
+from semipd.core import Phase, Request, Run
 from semipd.cost import ConstantCost
 from semipd.driver import replay
 from semipd.policies import make_policy
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
+from semipd.slo import Slo
 from semipd.trace import Trace, head, read_trace
 
 TRACES = Path(os.environ.get("SEMIPD_TRACES") or Path(__file__).resolve().parents[2] / "shared" / "traces")
@@ -156,7 +159,7 @@ def test_block_ids_change_nothing_without_prefix_caching() -> None:
     assert play(prompts) == play(bare)
 
 
-class Recorded(SimExecutor):
+class Recorded(PassingOn):
     """Remembers what it was asked to prefill."""
 
     def launch(self, run: Run) -> None:
@@ -169,7 +172,7 @@ def prefills(requests: list[Request], **limits: int) -> list[tuple[tuple[int, ..
     cost = ConstantCost(0.125, 0.25)
     config = SchedulerConfig(**{"num_blocks": 1000, "block_size": 16, "prefix_block_size": 512, **limits})  # type: ignore[arg-type]
     scheduler = Scheduler(config, make_policy("exclusive", cost, Slo(1, 1)), device_sms=132, layers=1)
-    executor = Recorded(cost)
+    executor = Recorded(SimExecutor(cost))
     for _ in replay(requests, scheduler, executor):
         scheduler.blocks.check_integrity()
     return executor.prefills

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from semipd.core import Allocation, Load, Mode, Phase, Request, Run, Slo, StepRecord
+from semipd.core import Allocation, Load, Mode, Phase, Request, Run, StepRecord
 from semipd.cost import ConstantCost
 from semipd.policies import Policy, make_policy, whole_device
-from semipd.scheduler import Plan, Scheduler, SchedulerConfig
+from semipd.scheduler import Plan, Scheduler
+from semipd.scheduler_config import SchedulerConfig
+from semipd.slo import Slo
 
 SMS, LAYERS = 32, 4
 SPLIT, FULL = Allocation(Mode.SPLIT, 16, 16), whole_device(SMS)

@@ -9,6 +9,7 @@ import pytest
 from closed_form_cost import ClosedFormCost
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passing_on import PassingOn
 
 from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
 from semipd.overheads import Overheads
@@ -197,11 +198,11 @@ def test_a_whole_run_is_timed_with_what_the_host_does_before_its_first_step() ->
     assert stopwatch.whole_s(batch, AT) == pytest.approx(2e-3 + TRUTH.layers * layer_s)
 
 
-class GettingFaster(SimExecutor):
+class GettingFaster(PassingOn):
     """Its clock is that of a simulation, but its first runs start late."""
 
     def __init__(self, slow_runs: int) -> None:
-        super().__init__(TRUTH, Overheads())
+        super().__init__(SimExecutor(TRUTH, Overheads()))
         self.runs, self.slow_runs = 0, slow_runs
 
     def launch(self, run: Run) -> None:

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from synthetic_profile import write_profile
 
 from semipd.cli import main
-from semipd.core import Allocation, DecodeShape, InputError, Mode, Phase, PrefillShape, Request, Run, Slo
-from semipd.cost import TableCost
+from semipd.core import Allocation, DecodeShape, InputError, Mode, Phase, PrefillShape, Request, Run
 from semipd.driver import replay
 from semipd.policies import Policy, all_names, make_policy, whole_device
 from semipd.profile import load_profile
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
+from semipd.slo import Slo
+from semipd.table_cost import TableCost
 from semipd.trace import Trace
 
 WHOLE = 32

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from reference import BucketCost
 
 from semipd.config import load
-from semipd.core import Allocation, InputError, IntArray, Mode, Phase, Request, Run, Slo, StepRecord
+from semipd.core import Allocation, InputError, IntArray, Mode, Phase, Request, Run, StepRecord
 from semipd.driver import replay
 from semipd.model_config import ModelConfig
 from semipd.policies import make_policy
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
+from semipd.slo import Slo
 
 torch = pytest.importorskip("torch")
 

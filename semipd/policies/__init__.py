@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
-from semipd.core import Allocation, InputError, Load, Mode, Phase, Slo
+from semipd.core import Allocation, InputError, Load, Mode, Phase
 from semipd.cost import CostModel
 from semipd.policies.adaptive import Adaptive
 from semipd.policies.static import Static, whole_device
+from semipd.slo import Slo
 
 __all__ = ["Adaptive", "Policy", "Static", "all_names", "chosen", "in_order", "make_policy", "whole_device"]
 

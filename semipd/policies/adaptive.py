@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log2
 
-from semipd.core import Allocation, DecodeShape, Load, PrefillShape, Slo
+from semipd.core import Allocation, DecodeShape, Load, PrefillShape
 from semipd.cost import CostModel
 from semipd.policies.static import whole_device
+from semipd.slo import Slo
 
 GAIN = 1.05
 """A new split must have more than 1.05 times the prefill throughput of the one in force (hysteresis)."""

@@ -12,7 +12,8 @@ from semipd.compare import Setup, prepare, run
 from semipd.config import ReplayConfig, TraceConfig, load
 from semipd.model_config import ModelConfig
 from semipd.policies import chosen, make_policy, whole_device
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]

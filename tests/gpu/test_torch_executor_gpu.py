@@ -8,12 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from semipd.core import Allocation, Mode, Phase, Request, Run, Slo
+from semipd.core import Allocation, Mode, Phase, Request, Run
 from semipd.cost import ConstantCost
 from semipd.driver import replay
 from semipd.model_config import ModelConfig
 from semipd.policies import make_policy
-from semipd.scheduler import Scheduler, SchedulerConfig
+from semipd.scheduler import Scheduler
+from semipd.scheduler_config import SchedulerConfig
+from semipd.slo import Slo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
 torch = pytest.importorskip("torch")

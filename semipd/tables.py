@@ -1,0 +1,238 @@
+"""Measured points, arranged for look-ups: grids of step times and of slowdowns."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from semipd._steps import Axis, Grid
+from semipd.core import Allocation, FloatArray, InputError, Mode
+from semipd.grid import axis, axis_values
+from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
+
+FILLS_TOKENS = 2048
+"""Prefill tokens that fill every partition for several waves; more of them last longer but contend no more."""
+
+SHARED = ("tokens", "mean_context", "batch", "kv_tokens")
+"""The axes of what both phases together take."""
+
+P = TypeVar("P")
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCurves:
+    """Decode on one partition, alone: at each batch, seconds of a layer at the knots ``kv_tokens``.
+
+    ``rows``: these seconds, of each measured batch; ``at_batch``: of any.
+    """
+
+    kv: Axis
+    kv_tokens: FloatArray
+    rows: FloatArray
+    at_batch: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """One way of sharing: how many times longer each phase takes while the other runs.
+
+    ``prefill``: over (tokens, mean_context, batch, kv_tokens). ``decode``: over (tokens, mean_context, batch), a vector
+    over the knots ``kv_tokens``, which are those of the solo curves and those of the hybrid table.
+    ``solo``: the solo curves at these knots.
+    """
+
+    prefill: Grid
+    decode: Grid
+    solo: Grid
+    kv_tokens: FloatArray
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A profile's tables, arranged for look-ups.
+
+    ``prefill``, ``decode``: alone, by SMs of the partition. ``contention``: in every measured way of running both
+    phases beside each other. ``fused``: seconds of a fused step divided by the layers; None without any.
+    ``refused``: modes that cannot be priced, and what is missing.
+    """
+
+    device_sms: int
+    layers: int
+    prefill: dict[int, Grid]
+    decode: dict[int, DecodeCurves]
+    contention: dict[Allocation, Contention]
+    fused: Grid | None
+    refused: Mapping[Mode, str]
+
+    @staticmethod
+    def of(
+        prefill: Iterable[PrefillPoint],
+        decode: Iterable[DecodePoint],
+        hybrid: Iterable[HybridPoint],
+        mixed: Iterable[MixedPoint] = (),
+        *,
+        device_sms: int,
+        layers: int,
+        source: str = "profile",
+    ) -> Tables:
+        """Tables of measured points.
+
+        Rows of mode ``streams`` of the hybrid table are not used.
+
+        Args:
+            prefill: Solo points, milliseconds of one layer; the whole device and every split's partition.
+            decode: Likewise.
+            hybrid: Points measured while both phases ran; the allocations are those found here.
+            mixed: Fused batches on the whole device, milliseconds of a step divided by the layers.
+            device_sms: SMs of the whole device.
+            layers: Layers of a decode step.
+            source: Where the points are from, for messages.
+
+        Raises:
+            InputError: There is no split, a partition is missing, or the grid of a split lacks a point. Where that is
+                so of another mode, the mode is ``refused``.
+        """
+        prefill_of = {
+            sms: _prefill_grid(points, f"{source}/prefill.csv: {sms} SMs")
+            for sms, points in _grouped(prefill, lambda p: p.sms).items()
+        }
+        decode_of = {
+            sms: _decode_curves(points, f"{source}/decode.csv: {sms} SMs")
+            for sms, points in _grouped(decode, lambda p: p.sms).items()
+        }
+        for table, found in (("prefill.csv", set(prefill_of)), ("decode.csv", set(decode_of))):
+            if device_sms not in found:
+                raise InputError(f"{source}/{table}: sms: {device_sms} not found; expected it, being the whole device")
+        by_mode = _grouped(hybrid, lambda p: p.mode)
+
+        def shared(mode: Mode) -> dict[Allocation, Contention]:
+            return _shared(mode, by_mode.get(mode.value, ()), prefill_of, decode_of, device_sms, source)
+
+        refused: dict[Mode, str] = {}
+
+        def unless_refused(mode: Mode, read: Callable[[], P]) -> P | None:
+            try:
+                return read()
+            except InputError as error:
+                refused[mode] = str(error)
+                return None
+
+        contention = shared(Mode.SPLIT)
+        for mode in (Mode.CAPPED, Mode.PRIORITY):
+            contention |= unless_refused(mode, partial(shared, mode)) or {}
+        fused = unless_refused(Mode.MIXED, lambda: _fused(mixed, f"{source}/mixed.csv"))
+        return Tables(device_sms, layers, prefill_of, decode_of, contention, fused, refused)
+
+
+def _shared(
+    mode: Mode,
+    points: Iterable[HybridPoint],
+    prefill: Mapping[int, Grid],
+    decode: Mapping[int, DecodeCurves],
+    device_sms: int,
+    source: str,
+) -> dict[Allocation, Contention]:
+    """Contention in every allocation of a mode. Raises InputError as ``Tables.of`` does."""
+    shared = _grouped(points, lambda p: (p.prefill_sms, p.decode_sms))
+    if not shared:
+        expected = "at least one measured split" if mode is Mode.SPLIT else "some to choose it"
+        raise InputError(f"{source}/hybrid.csv: no row of mode {mode.value}; expected {expected}")
+    found = {}
+    for prefill_sms, decode_sms in sorted(shared):
+        at = Allocation(mode, prefill_sms, decode_sms)
+        name = f"split {at.name}" if mode is Mode.SPLIT else at.name
+        if mode is not Mode.SPLIT and decode_sms != device_sms:
+            raise InputError(
+                f"{source}/hybrid.csv: {name}: decode_sms: found {decode_sms}; expected the whole device, {device_sms}"
+            )
+        for table, measured, sms in (
+            ("prefill.csv", set(prefill), prefill_sms),
+            ("decode.csv", set(decode), decode_sms),
+        ):
+            if sms not in measured:
+                raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, for {name} of hybrid.csv")
+        found[at] = _contention(
+            shared[prefill_sms, decode_sms], prefill[prefill_sms], decode[decode_sms], f"{source}/hybrid.csv: {name}"
+        )
+    return found
+
+
+def _grouped(points: Iterable[P], key: Callable[[P], K]) -> dict[K, list[P]]:
+    groups: dict[K, list[P]] = {}
+    for point in points:
+        groups.setdefault(key(point), []).append(point)
+    return groups
+
+
+def _fastest(points: Iterable[P], place: Callable[[P], K], time_ms: Callable[[P], float]) -> dict[K, P]:
+    """The fastest point (that is: backend) at each place."""
+    return {key: min(same, key=time_ms) for key, same in _grouped(points, place).items()}
+
+
+def _prefill_grid(points: Iterable[PrefillPoint], where: str) -> Grid:
+    """Seconds of a layer alone over (tokens, mean_context)."""
+    best = _fastest(points, lambda p: (p.tokens, p.mean_context), lambda p: p.median_ms)
+    names = ("tokens", "mean_context")
+    values = axis_values(best, names, where)
+    axes = [axis(name, v) for name, v in zip(names, values, strict=True)]
+    return Grid(axes, np.array([best[t, m].median_ms / 1e3 for t, m in itertools.product(*values)]))
+
+
+def _decode_curves(points: Iterable[DecodePoint], where: str) -> DecodeCurves:
+    """Seconds of a layer alone over (batch, kv_tokens)."""
+    best = _fastest(points, lambda p: (p.batch, p.kv_tokens), lambda p: p.median_ms)
+    batches, kv = axis_values(best, ("batch", "kv_tokens"), where)
+    rows = np.array([[best[b, k].median_ms / 1e3 for k in kv] for b in batches])
+    return DecodeCurves(
+        axis("kv_tokens", kv), np.array(kv, dtype=np.float64), rows, Grid([axis("batch", batches)], rows)
+    )
+
+
+def _contention(points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurves, where: str) -> Contention:
+    """Slowdowns at one split: measured time over the solo time there, which may lie between solo points.
+
+    Where several prefill backends were measured, the row of the fastest counts for both phases.
+    """
+    best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
+    values = axis_values(best, SHARED, where)
+    axes = [axis(name, v, log=True) for name, v in zip(SHARED, values, strict=True)]
+    if values[0][-1] >= FILLS_TOKENS:
+        axes[0] = axis("tokens", values[0], log=True, high=prefill.axes[0].high)
+    tokens, contexts, batches, kv = values
+    knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
+
+    prefill_slowdown = [
+        best[t, m, b, k].prefill_median_ms / 1e3 / prefill.number(t, m)[0]
+        for t, m, b, k in itertools.product(tokens, contexts, batches, kv)
+    ]
+    decode_slowdown = []
+    for t, m, b in itertools.product(tokens, contexts, batches):
+        measured = np.array([best[t, m, b, k].decode_median_ms / 1e3 for k in kv])
+        slowdown = measured / np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0])
+        decode_slowdown.append(np.interp(np.log2(knots), np.log2(kv), slowdown))
+    return Contention(
+        prefill=Grid(axes, np.array(prefill_slowdown)),
+        decode=Grid(axes[:3], np.array(decode_slowdown)),
+        solo=Grid(decode.at_batch.axes, np.array([np.interp(knots, decode.kv_tokens, row) for row in decode.rows])),
+        kv_tokens=knots,
+        low=max(decode.kv.low, axes[3].low),
+        high=min(decode.kv.high, axes[3].high),
+    )
+
+
+def _fused(points: Iterable[MixedPoint], where: str) -> Grid:
+    """Seconds of a fused step, divided by the layers."""
+    best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.median_ms)
+    if not best:
+        raise InputError(f"{where}: no measured point; expected some to choose fused batches")
+    values = axis_values(best, SHARED, where)
+    seconds = [best[t, m, b, k].median_ms / 1e3 for t, m, b, k in itertools.product(*values)]
+    return Grid([axis(name, v) for name, v in zip(SHARED, values, strict=True)], np.array(seconds))
