@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,12 +187,12 @@ def run(
         watch: Called now and then with the seconds of the replay and the requests finished so far.
         each: Called with every record, as runs end.
 
-    Ctrl-C ends the replay: the outcome then holds what was complete.
+    Ctrl-C ends the replay after the record at hand: the outcome then holds what was complete.
     """
     log, finished, complete = Log(), 0, True
     loop = ClosedLoop(setup.trace) if setup.closed_loop else None
     start_s = time.perf_counter()
-    try:
+    with _interrupts() as interrupts:
         for count, record in enumerate(replay(loop or setup.trace.requests(), scheduler, executor)):
             log.append(record)
             finished += len(record.finished)
@@ -197,8 +200,9 @@ def run(
                 each(record)
             if watch is not None and count % WATCH_EVERY == 0:
                 watch(record.end_s, finished)
-    except KeyboardInterrupt:
-        complete = False
+            if interrupts:
+                complete = False
+                break
     sent_s = loop.sent_s if loop is not None else None
     summary = summarise(
         log,
@@ -215,6 +219,26 @@ def run(
     )
     table = request_table(log, setup.trace, sent_s)
     return Outcome(_diagnosed(summary, log, table, scheduler, setup.cost), table, complete)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C, noted and not raised, so that nothing is left half done; the second one is raised."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # where it is not raised, either
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _diagnosed(summary: Summary, log: Log, table: RequestTable, scheduler: Scheduler, cost: CostModel) -> Summary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_an_interrupted_replay_keeps_what_was_complete(setup: Setup) -> None:
     def interrupt(record: StepRecord) -> None:
         finished.extend(record.finished)
         if len(finished) > 30:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     outcome = simulate(setup, "static-16", each=interrupt)
     assert not outcome.complete
