@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -192,7 +193,7 @@ def run(
     log, finished, complete = Log(), 0, True
     loop = ClosedLoop(setup.trace) if setup.closed_loop else None
     start_s = time.perf_counter()
-    with _interrupts() as interrupts:
+    with _no_collection(), _interrupts() as interrupts:
         for count, record in enumerate(replay(loop or setup.trace.requests(), scheduler, executor)):
             log.append(record)
             finished += len(record.finished)
@@ -219,6 +220,18 @@ def run(
     )
     table = request_table(log, setup.trace, sent_s)
     return Outcome(_diagnosed(summary, log, table, scheduler, setup.cost), table, complete)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A replay makes no reference cycles: looking for some takes 5 % of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

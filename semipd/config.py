@@ -20,7 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Strict(BaseModel):
     """Base of every schema: an unknown key is an error, never dropped in silence."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 TraceFormatName = Literal[

@@ -43,7 +43,7 @@ class RooflineCost:
     ) -> tuple[FloatArray, int]:
         """Seconds of each step; see ``CostModel.decode_s``."""
         del beside
-        batch, first = shape
+        batch, first = shape.batch, shape.kv_tokens
         seconds = [
             self._seconds(
                 decode_flops(self.model, DecodeShape(batch, kv_tokens)),

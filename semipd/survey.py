@@ -136,7 +136,7 @@ class Survey:
             },
             "optimum": None if self.optimum is None else self._optimum_json(self.optimum),
             "heat_map": {
-                "decodes": [d._asdict() for d in self.heat.decodes],
+                "decodes": [asdict(d) for d in self.heat.decodes],
                 "rows": [[_shared_json(s) for s in row] for row in self.heat.rows],
             },
             "source": self.source.value,

@@ -70,8 +70,7 @@ class TableCost:
         self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
         """Seconds of each decode step, alone or beside a prefill batch; see ``CostModel.decode_s``."""
-        batch, kv_tokens = shape
-        return self._curve(batch, at, beside).at(kv_tokens, batch, steps)
+        return self._curve(shape.batch, at, beside).at(shape.kv_tokens, shape.batch, steps)
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one fused step; see ``CostModel.mixed_s``."""

@@ -55,7 +55,7 @@ class ClosedFormCost:
     def decode_s(
         self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
     ) -> tuple[FloatArray, int]:
-        batch, first = shape
+        batch, first = shape.batch, shape.kv_tokens
         kv_tokens = range(first, first + batch * steps, batch)
         alone_ms = np.array([decode_ms(batch, kv, at.decode_sms, self.device_sms) for kv in kv_tokens])
         if beside is not None:

@@ -56,7 +56,7 @@ class BucketCost:
     ) -> tuple[FloatArray, int]:
         """By batch and KV tokens; two or four times as long beside prefill."""
         slower = 1.0 if beside is None else 4.0 if beside.tokens > 6 else 2.0
-        batch, first = shape
+        batch, first = shape.batch, shape.kv_tokens
         on_partition = {8: 0.5, 16: 0.25, 24: 0.25, 32: 0.125}[at.decode_sms] * (2.0 if batch > 2 else 1.0)
         kv_tokens = range(first, first + batch * steps, batch)
         return np.array([on_partition * slower * 2.0 ** (k // 16) for k in kv_tokens]), 0

@@ -41,7 +41,7 @@ class TraceSpec(BaseModel):
     filled bins of ascending prompt length.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
     name: Text
     source: Text
