@@ -232,6 +232,10 @@ def test_the_azure_conversation_trace_completes_on_the_shipped_profile(capsys: p
         (("compare", "--trace", "none.csv"), "trace: found 'none.csv'; expected a file, or what is shipped:"),
         (("compare", "--profile", "none"), "profile: found 'none'; expected a folder or one of h200/gqa-64-8-128"),
         (("compare", "--rate-scale", "0"), "command line: trace.rate_scale: found 0.0; expected greater than 0"),
+        (
+            ("compare", "--predictor-error", "nan"),
+            "command line: predictor_error: found 'nan'; expected a finite number",
+        ),
         (("compare", "--jobs", "0"), "Invalid value for '--jobs'"),
         (("replay", "none.yaml"), "none.yaml: not found; expected a YAML file"),
         (("replay",), "Missing argument 'CONFIG'"),

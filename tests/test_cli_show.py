@@ -227,7 +227,7 @@ def test_without_matplotlib_a_page_is_refused_and_the_rest_works(profile: Path) 
     )
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout)["profile"]["name"] == "synthetic"
-    assert done.stderr == "error: --html needs matplotlib: pip install 'semipd[plot]'\n"
+    assert done.stderr == "error: show --html: matplotlib not installed: pip install 'semipd[plot]'\n"
 
 
 def test_equal_surveys_write_equal_pages(profile: Path, tmp_path: Path) -> None:
@@ -255,8 +255,8 @@ def test_the_names_in_a_profile_cannot_break_the_page(tmp_path: Path) -> None:
             (SHIPPED, "--batch", "8", "--kv-tokens", "7"),
             "kv_tokens: found 7; expected at least one for each of batch 8",
         ),
-        ((SHIPPED, "--tpot-ms", "-1"), "tpot_ms: found -1; expected a number above zero"),
-        ((SHIPPED, "--tpot-ms", "nan"), "tpot_ms: found nan; expected a number above zero"),
+        ((SHIPPED, "--tpot-ms", "-1"), "tpot_ms: found -1; expected a finite number above zero"),
+        ((SHIPPED, "--tpot-ms", "nan"), "tpot_ms: found nan; expected a finite number above zero"),
         ((SHIPPED, "--html", "page.txt"), "--html: found 'page.txt'; expected a file that ends in .html"),
         ((SHIPPED, "--html", "no/such/p.html"), "--html: no/such: not a folder; expected one to write p.html in"),
     ],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from semipd.config import (
     SLOS,
@@ -19,6 +21,7 @@ from semipd.config import (
     PrefillSweep,
     ReplayConfig,
     SchedulerOptions,
+    Strict,
     build,
     load,
     read_yaml,
@@ -77,6 +80,24 @@ def test_a_configuration_survives_being_saved_and_read_again(seqs: int, scale: f
 )
 def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[str, object], line: str) -> None:
     assert refusal(data).startswith(line)
+
+
+def schemas(base: type[Strict] = Strict) -> list[type[Strict]]:
+    return [base, *(schema for derived in base.__subclasses__() for schema in schemas(derived))]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_every_number_of_every_schema_is_finite(number: float) -> None:
+    asked = 0
+    for schema in schemas():
+        for name, field in schema.model_fields.items():
+            if float in (field.annotation, *get_args(field.annotation)):
+                with pytest.raises(ValidationError) as refused:
+                    schema.model_validate({name: number})
+                types = {e["type"] for e in refused.value.errors() if e["loc"][0] == name}
+                assert "finite_number" in types
+                asked += 1
+    assert asked > 20
 
 
 def test_an_unknown_field_on_top_is_answered_with_the_known_ones() -> None:
