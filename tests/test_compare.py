@@ -107,7 +107,7 @@ def test_the_kv_cache_gets_what_the_weights_leave(profile: Path, setup: Setup) -
 def test_unknown_names_are_refused_before_anything_runs(profile: Path, setup: Setup) -> None:
     with pytest.raises(InputError, match="static-N with N one of the measured prefill SMs: 8, 16, 24"):
         policy_names(("exclusive", "static-12"), setup)
-    with pytest.raises(InputError, match=r"^test: slo: found 'x'; expected ttft_s and tpot_s, or one of mlperf"):
+    with pytest.raises(InputError, match=r"^test: slo: found 'x'; expected ttft_s and tpot_s, a YAML file"):
         prepare(config(profile, slo="x"))
     with pytest.raises(InputError, match=r"^trace: found 'nowhere.csv'; expected a file, or what is shipped: "):
         prepare(config(profile, trace=TraceConfig(path="nowhere.csv").model_dump()))

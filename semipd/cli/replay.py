@@ -89,7 +89,7 @@ def compare(
         typer.Option(metavar="A,B", help="Only these, such as exclusive,static-64.  [default: all]"),
     ] = None,
     rate_scale: Annotated[float | None, typer.Option(help="Multiply the arrival rate.")] = None,
-    slo: Annotated[str | None, typer.Option(metavar="NAME", help="Latency targets: the name of a preset.")] = None,
+    slo: Annotated[str | None, typer.Option(metavar="NAME", help="Latency targets: a name or a YAML file.")] = None,
     predictor_error: Annotated[
         float | None, typer.Option(help="How far off the times are that policies predict with, such as 0.1.")
     ] = None,
