@@ -168,6 +168,17 @@ def test_what_was_not_measured_is_named(profile: Path, capsys: pytest.CaptureFix
     assert "closed forms, for tests" in said
 
 
+def test_fused_batches_that_were_measured_are_not_said_to_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = load_profile("h200/llama-3-8b").mixed
+    assert mixed is not None
+    assert mixed.points
+    assert main(["show", "h200/llama-3-8b"]) == 0
+    said = " ".join(shown(capsys).split()).partition("Not measured in this profile: ")[2].partition(".")[0]
+    assert said.split(", ") == ["streams"]
+    assert main(["show", "h200/llama-3-8b", "--json"]) == 0
+    assert document(capsys)["frontier"]["missing_modes"] == ["streams"]
+
+
 class Page(HTMLParser):
     """Every tag of a page, with its attributes, and that each is closed in order."""
 
