@@ -1,6 +1,6 @@
 # The two commands of the README. Each makes .venv if it is absent, installs with plain pip, and runs.
 PYTHON ?= python3
-SOURCES := pyproject.toml CMakeLists.txt green_context_lib.py $(shell find csrc semipd traces -type f -not -name '*.pyc' -not -name '*.so')
+SOURCES := pyproject.toml CMakeLists.txt green_context_lib.py $(shell find csrc semipd traces configs/slo -type f -not -name '*.pyc' -not -name '*.so')
 
 .PHONY: compare test clean
 

@@ -346,7 +346,8 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
     """Order the runs, find the best static split, the best chunked prefill and the policy to take.
 
     The best has the most goodput; among those within 1 % of it, the one whose p99 latencies leave the most
-    room below their targets. Raises ValueError without a run.
+    room below their targets. Where no request completed, there is no best one: the first policy is named, and the
+    reason says why. Raises ValueError without a run.
     """
     ordered = tuple(sorted(runs, key=lambda run: in_order(run.policy)))
     best = _best(ordered)
@@ -362,13 +363,13 @@ def judge(setup: Setup, runs: Iterable[Summary]) -> Comparison:
         best_static=static.policy if static else None,
         best_chunked=chunked.policy if chunked else None,
         recommended=best.policy,
-        reason=_reason(ordered, best, static),
+        reason=_reason(ordered, best, static) if best.completed else _nothing(best, setup.scheduler),
         against_chunked=_against_chunked(static, chunked) if static and chunked else None,
     )
 
 
 def _best_of(runs: Sequence[Summary], kind: str) -> Summary | None:
-    of_kind = [run for run in runs if run.policy.startswith(kind)]
+    of_kind = [run for run in runs if run.policy.startswith(kind) and run.completed]
     return _best(of_kind) if of_kind else None
 
 
@@ -401,8 +402,24 @@ def _reason(runs: Sequence[Summary], best: Summary, static: Summary | None) -> s
         *others, last = (f"{run.policy} does for {_reached(run)}" for run in rivals)
         said += ", where " + (f"{', '.join(others)} and {last}" if others else last)
     if "adaptive" in named and best.policy != "adaptive":
-        alike = (named["adaptive"].goodput_rps or 0.0) >= ALIKE * (best.goodput_rps or 0.0)
-        said += "; adaptive serves as many, with longer tails" if alike else "; adaptive loses here"
+        said += f"; adaptive {_against_best(named['adaptive'], best)}"
+    return said + "."
+
+
+def _against_best(run: Summary, best: Summary) -> str:
+    """What a policy does that was not found the best."""
+    if not run.completed or (run.goodput_rps or 0.0) < ALIKE * (best.goodput_rps or 0.0):
+        return "loses here"
+    return "serves as many, with longer tails" if _tail(run) > _tail(best) else "does the same"
+
+
+def _nothing(run: Summary, scheduler: SchedulerConfig) -> str:
+    """Why no policy completed a request."""
+    said = "No request completed under any policy"
+    if run.dropped:  # for which there is one reason
+        capacity = scheduler.num_blocks * scheduler.block_size
+        dropped = f"{run.dropped:,} of {run.requests:,} were dropped"
+        said += f": {dropped}, since they never fit the KV cache of {capacity:,} tokens"
     return said + "."
 
 

@@ -10,17 +10,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from semipd.core import InputError
+from semipd.shipped import shipped_files
 from semipd.slo import Slo
 
 Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Strict(BaseModel):
-    """Base of every schema: an unknown key is an error, never dropped in silence."""
+    """Base of every schema: an unknown key is an error, never dropped in silence; numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 TraceFormatName = Literal[
@@ -89,27 +90,20 @@ class SloConfig(Strict):
     tpot_s: PositiveFloat
 
 
-SLOS: dict[str, Slo] = {
-    # MLPerf Inference v5.1, Llama-3.1-8B: p99 TTFT and TPOT of the Server and Interactive scenarios.
-    "mlperf-8b": Slo(2.0, 0.1, "mlperf-8b"),
-    "mlperf-8b-interactive": Slo(0.5, 0.03, "mlperf-8b-interactive"),
-    # MLPerf Inference v4.1/v5.0, Llama-2-70B.
-    "mlperf-70b": Slo(2.0, 0.2, "mlperf-70b"),
-    "mlperf-70b-interactive": Slo(0.45, 0.04, "mlperf-70b-interactive"),
-    # semi-PD (arXiv 2504.19867) table 2, Llama-3-8B.
-    "semipd-8b-sharegpt-tight": Slo(0.3, 0.15, "semipd-8b-sharegpt-tight"),
-    "semipd-8b-sharegpt-loose": Slo(0.4, 0.2, "semipd-8b-sharegpt-loose"),
-    "semipd-8b-longbench-tight": Slo(2.25, 0.13, "semipd-8b-longbench-tight"),
-    "semipd-8b-longbench-loose": Slo(3.0, 0.18, "semipd-8b-longbench-loose"),
-    # Mooncake (FAST'25) section 5: TTFT 30 s, TBT 100, 200 or 300 ms.
-    "mooncake-100": Slo(30.0, 0.1, "mooncake-100"),
-    "mooncake-200": Slo(30.0, 0.2, "mooncake-200"),
-    "mooncake-300": Slo(30.0, 0.3, "mooncake-300"),
-}
+def shipped_slos() -> dict[str, Path]:
+    """Files of the latency targets that come with the package, by name (``mlperf-8b``)."""
+    return {path.stem: path for path in shipped_files("configs/slo")}
+
+
+def load_slo(name: str) -> Slo:
+    """Shipped targets by their name, else those of a YAML file. Raises InputError as ``load`` does."""
+    path = shipped_slos().get(name, Path(name))
+    found = load(path, SloConfig)
+    return Slo(found.ttft_s, found.tpot_s, path.stem)
 
 
 class Workload(Strict):
-    """What is replayed, on what, and by which targets it is judged: a preset's name, or TTFT and TPOT.
+    """What is replayed, on what, and by which targets it is judged: a shipped name, a YAML file, or TTFT and TPOT.
 
     ``predictor_error``: by how much the times that policies predict with are off (``semipd.cost.Misjudged``), drawn
     with ``predictor_seed``; at 0 they predict with what the simulation runs on. ``strict``: refuse a simulation that
@@ -130,15 +124,16 @@ class Workload(Strict):
     @field_validator("slo")
     @classmethod
     def _known(cls, found: str | SloConfig) -> str | SloConfig:
-        if isinstance(found, str) and found not in SLOS:
-            raise ValueError(f"found {found!r}; expected ttft_s and tpot_s, or one of {', '.join(sorted(SLOS))}")
+        if isinstance(found, str) and found not in (names := shipped_slos()) and not Path(found).is_file():
+            known = ", ".join(sorted(names))
+            raise ValueError(f"found {found!r}; expected ttft_s and tpot_s, a YAML file of them, or one of {known}")
         return found
 
     @property
     def targets(self) -> Slo:
-        """The latency targets."""
+        """The latency targets. Raises InputError for a file that does not say them."""
         found = self.slo
-        return SLOS[found] if isinstance(found, str) else Slo(found.ttft_s, found.tpot_s)
+        return load_slo(found) if isinstance(found, str) else Slo(found.ttft_s, found.tpot_s)
 
 
 class ReplayConfig(Workload):

@@ -262,7 +262,7 @@ def _check(place: Place, tpot_s: float | None) -> None:
     if place.kv_tokens < place.batch:
         raise InputError(f"kv_tokens: found {place.kv_tokens}; expected at least one for each of batch {place.batch}")
     if tpot_s is not None and not (isfinite(tpot_s) and tpot_s > 0):
-        raise InputError(f"tpot_ms: found {tpot_s * 1e3:g}; expected a number above zero")
+        raise InputError(f"tpot_ms: found {tpot_s * 1e3:g}; expected a finite number above zero")
 
 
 def _point(shared: Shared, place: Place, layers: int) -> OperatingPoint:

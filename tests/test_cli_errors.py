@@ -16,7 +16,10 @@ from subprocesses import elsewhere
 
 from semipd import __version__
 from semipd.cli import main
+from semipd.cli.needs import NEEDS
 from semipd.config import Attention
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -129,15 +132,41 @@ def test_output_that_is_piped_is_plain_text_and_carries_no_trailing_blanks() -> 
     assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 
-def test_measuring_without_the_gpu_extra_says_what_to_install() -> None:
-    code = "import sys; from semipd.cli import main\n"
+MODEL = str(CONFIGS / "models" / "tiny.yaml")
+ON_CPU = str(CONFIGS / "replay-cpu-tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "absent"),
+    [
+        (["sweep", "decode"], "sweep", ("torch", "flashinfer")),
+        (["profile", "--model", MODEL, "--out", "p"], "profile", ("flashinfer",)),
+        (["profile", "--model", MODEL, "--out", "p", "--device", "cpu"], "profile --device cpu", ("torch",)),
+        (["replay", ON_CPU, "--executor", "gpu"], "replay --executor gpu", ("flashinfer",)),
+        (["replay", ON_CPU, "--executor", "cpu"], "replay --executor cpu", ("torch",)),
+        (["replay", ON_CPU, "--executor", "cpu", "--set", "weights=w"], "replay --set weights=DIR", ("safetensors",)),
+    ],
+)
+def test_a_module_that_is_not_installed_is_wrong_usage_and_it_is_said_what_to_install(
+    words: list[str], command: str, absent: tuple[str, ...]
+) -> None:
+    code = "import sys, types; from semipd.cli import main\n"
     code += "import importlib.machinery as m; sys.path_importer_cache.clear()\n"
-    code += "sys.meta_path[:] = [type('No', (), {'find_spec': staticmethod(lambda name, *a: None if name in "
-    code += "('torch', 'flashinfer') else m.PathFinder.find_spec(name, *a))}), *sys.meta_path[:2]]\n"
-    code += "sys.exit(main(['sweep', 'decode']))"
+    needed = NEEDS[command]
+    code += f"here = types.SimpleNamespace(find_spec=lambda name, *a: None if name in {absent!r} else "
+    code += f"m.ModuleSpec(name, None) if name in {needed!r} else m.PathFinder.find_spec(name, *a))\n"
+    code += "sys.meta_path[:] = [here, *sys.meta_path[:2]]\n"
+    code += f"sys.exit(main({words!r}))"
     done = run(code)
     assert done.returncode == 2
-    assert done.stderr == "error: measuring needs torch and flashinfer: pip install 'semipd[gpu]'\n"
+    assert done.stderr == f"error: {command}: {' and '.join(absent)} not installed: pip install 'semipd[gpu]'\n"
+
+
+def test_what_needs_something_is_a_command_with_that_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for needing in NEEDS:
+        command, *option = needing.split()
+        assert main([command, "--help"]) == 0
+        assert set(option[:1]) <= set(capsys.readouterr().out.split())
 
 
 def found(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -155,10 +184,23 @@ def test_doctor_on_a_machine_without_a_driver_says_why_nothing_can_be_partitione
     parts = {p["name"]: p for p in document["parts"]}  # type: ignore[attr-defined]
     assert document["driver"] is None
     assert document["devices"] == []
-    assert parts["simulate: trace, replay, compare"]["runs"]
-    assert not parts["partition the SMs"]["runs"]
-    assert "libnone.so.1" in parts["partition the SMs"]["why_not"]
-    assert parts["partition the SMs"]["why_not"] in parts["measure: sweep"]["why_not"]
+    assert parts["replay, compare, show, trace"]["runs"]
+    no_gpu = parts["partition the SMs (from Python)"]
+    assert not no_gpu["runs"]
+    assert "libnone.so.1" in no_gpu["why_not"]
+    for name in ("sweep", "profile", "replay --executor gpu"):
+        assert no_gpu["why_not"] in parts[name]["why_not"]
+    for name in ("replay --executor cpu", "profile --device cpu"):
+        assert "libnone.so.1" not in parts[name]["why_not"]
+
+
+def test_doctor_speaks_of_every_command_but_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    spoken_of = {word for part in found(capsys)["parts"] for word in part["name"].split(", ")}  # type: ignore[attr-defined]
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    commands = {line.split()[0] for line in listed if not line.startswith("   ")}
+    assert len(commands) > 6
+    assert commands - {"doctor"} <= spoken_of
 
 
 def test_doctor_names_every_device_and_the_splits_it_can_have(
@@ -172,7 +214,7 @@ def test_doctor_names_every_device_and_the_splits_it_can_have(
     assert (devices[0]["sms"], devices[0]["minimum"], devices[0]["multiple"]) == (132, 8, 8)
     assert (devices[0]["fine_minimum"], devices[0]["fine_multiple"]) == (2, 2)
     parts = {p["name"]: p for p in document["parts"]}  # type: ignore[attr-defined]
-    assert parts["partition the SMs"]["runs"]
+    assert parts["partition the SMs (from Python)"]["runs"]
     assert main(["doctor"]) == 0
     assert "132 SMs, splits of 8 or more in steps of 8" in " ".join(capsys.readouterr().out.split())
 

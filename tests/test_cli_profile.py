@@ -12,8 +12,6 @@ from semipd.config import ProfileConfig, load
 from semipd.core import Allocation, Mode, Phase
 from semipd.model_config import ModelConfig
 from semipd.profile import load_profile
-from semipd.sequences import pooled_prompts
-from semipd.stopwatch import Decodes, Prompts, Stopwatch
 
 torch = pytest.importorskip("torch")
 
@@ -22,6 +20,8 @@ from lagging_device import LaggingDevice  # noqa: E402 - after the check for tor
 from semipd.attention import TorchAttention  # noqa: E402
 from semipd.model import Model, random_weights  # noqa: E402
 from semipd.paged_kv import PagedKvCache  # noqa: E402
+from semipd.sequences import pooled_prompts  # noqa: E402
+from semipd.stopwatch import Decodes, Prompts, Stopwatch  # noqa: E402
 from semipd.torch_executor import TorchExecutor  # noqa: E402
 
 torch.set_num_threads(1)  # a tiny model's threads spend their time waiting for each other

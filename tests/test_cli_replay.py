@@ -228,10 +228,14 @@ def test_the_azure_conversation_trace_completes_on_the_shipped_profile(capsys: p
     [
         (("compare", "--policies", "static-12"), "policy: found 'static-12'; expected static-N with N one of the"),
         (("compare", "--policies", ""), "policy: found ''; expected one of exclusive, exclusive-decode, static-N"),
-        (("compare", "--slo", "fast"), "command line: slo: found 'fast'; expected ttft_s and tpot_s, or one of"),
+        (("compare", "--slo", "fast"), "command line: slo: found 'fast'; expected ttft_s and tpot_s, a YAML"),
         (("compare", "--trace", "none.csv"), "trace: found 'none.csv'; expected a file, or what is shipped:"),
         (("compare", "--profile", "none"), "profile: found 'none'; expected a folder or one of h200/gqa-64-8-128"),
         (("compare", "--rate-scale", "0"), "command line: trace.rate_scale: found 0.0; expected greater than 0"),
+        (
+            ("compare", "--predictor-error", "nan"),
+            "command line: predictor_error: found 'nan'; expected a finite number",
+        ),
         (("compare", "--jobs", "0"), "Invalid value for '--jobs'"),
         (("replay", "none.yaml"), "none.yaml: not found; expected a YAML file"),
         (("replay",), "Missing argument 'CONFIG'"),

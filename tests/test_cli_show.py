@@ -201,6 +201,17 @@ def test_what_was_not_measured_is_named(profile: Path, capsys: pytest.CaptureFix
     assert "closed forms, for tests" in said
 
 
+def test_fused_batches_that_were_measured_are_not_said_to_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = load_profile("h200/llama-3-8b").mixed
+    assert mixed is not None
+    assert mixed.points
+    assert main(["show", "h200/llama-3-8b"]) == 0
+    said = " ".join(shown(capsys).split()).partition("Not measured in this profile: ")[2].partition(".")[0]
+    assert said.split(", ") == ["streams"]
+    assert main(["show", "h200/llama-3-8b", "--json"]) == 0
+    assert document(capsys)["frontier"]["missing_modes"] == ["streams"]
+
+
 class Page(HTMLParser):
     """Every tag of a page, with its attributes, and that each is closed in order."""
 
@@ -260,7 +271,7 @@ def test_without_matplotlib_a_page_is_refused_and_the_rest_works(profile: Path) 
     )
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout)["profile"]["name"] == "synthetic"
-    assert done.stderr == "error: --html needs matplotlib: pip install 'semipd[plot]'\n"
+    assert done.stderr == "error: show --html: matplotlib not installed: pip install 'semipd[plot]'\n"
 
 
 def test_equal_surveys_write_equal_pages(profile: Path, tmp_path: Path) -> None:
@@ -288,8 +299,8 @@ def test_the_names_in_a_profile_cannot_break_the_page(tmp_path: Path) -> None:
             (SHIPPED, "--batch", "8", "--kv-tokens", "7"),
             "kv_tokens: found 7; expected at least one for each of batch 8",
         ),
-        ((SHIPPED, "--tpot-ms", "-1"), "tpot_ms: found -1; expected a number above zero"),
-        ((SHIPPED, "--tpot-ms", "nan"), "tpot_ms: found nan; expected a number above zero"),
+        ((SHIPPED, "--tpot-ms", "-1"), "tpot_ms: found -1; expected a finite number above zero"),
+        ((SHIPPED, "--tpot-ms", "nan"), "tpot_ms: found nan; expected a finite number above zero"),
         ((SHIPPED, "--html", "page.txt"), "--html: found 'page.txt'; expected a file that ends in .html"),
         ((SHIPPED, "--html", "no/such/p.html"), "--html: no/such: not a folder; expected one to write p.html in"),
     ],

@@ -221,6 +221,10 @@ def test_the_shipped_specifications_are_fitted_by_the_commands_that_they_name(
             "process: found 'x'",
         ),
         (("convert", "azure-conv-synth.csv", "--format", "azure-csv", "--out", "y", "--thin", "2"), "thin: found 2"),
+        (
+            ("convert", "azure-conv-synth.csv", "--format", "azure-csv", "--out", "y", "--end-s", "nan"),
+            "azure-conv-synth: window: found 0 s to nan s, expected 0 s or later to something after that",
+        ),
         (("synth", "azure-conv-synth.csv", "--out", "y"), "expected"),
         (("synth", "azure-2023-conv.yaml", "--seed", "-1", "--out", "y"), "seed: found -1"),
         (("fit", "azure-conv-synth.csv", "--window-s", "0", "--out", "y"), "window_s: found 0"),

@@ -110,7 +110,7 @@ def test_the_kv_cache_gets_what_the_weights_leave(profile: Path, setup: Setup) -
 def test_unknown_names_are_refused_before_anything_runs(profile: Path, setup: Setup) -> None:
     with pytest.raises(InputError, match="static-N with N one of the measured prefill SMs: 8, 16, 24"):
         policy_names(("exclusive", "static-12"), setup)
-    with pytest.raises(InputError, match=r"^test: slo: found 'x'; expected ttft_s and tpot_s, or one of mlperf"):
+    with pytest.raises(InputError, match=r"^test: slo: found 'x'; expected ttft_s and tpot_s, a YAML file"):
         prepare(config(profile, slo="x"))
     with pytest.raises(InputError, match=r"^trace: found 'nowhere.csv'; expected a file, or what is shipped: "):
         prepare(config(profile, trace=TraceConfig(path="nowhere.csv").model_dump()))
@@ -189,6 +189,35 @@ def test_among_equals_the_tail_decides_by_its_share_of_the_target(setup: Setup) 
     found = judged(setup, late, slow, summary("adaptive", 8.99, ttft_p99_s=0.95))
     assert found.recommended == "static-16"  # 0.8 of its target, against 0.9
     assert found.reason.endswith("; adaptive serves as many, with longer tails.")
+
+
+def test_adaptive_has_longer_tails_only_where_it_has(setup: Setup) -> None:
+    same = judged(setup, summary("exclusive", 9.0), summary("adaptive", 9.0))
+    assert same.recommended == "exclusive"
+    assert same.reason.endswith("; adaptive does the same.")
+    longer = judged(setup, summary("exclusive", 9.0), summary("adaptive", 9.0, ttft_p99_s=0.6))
+    assert longer.reason.endswith("; adaptive serves as many, with longer tails.")
+    none = replace(summary("adaptive", 0.0), completed=0, ttft_s=None, tpot_s=None)
+    assert judged(setup, summary("exclusive", 0.0), none).reason.endswith("; adaptive loses here.")
+
+
+def test_where_every_request_is_dropped_it_is_said_why_and_nothing_is_recommended(profile: Path) -> None:
+    tiny = prepare(config(profile, scheduler={"num_blocks": 1, "block_size": 2}))
+    found = judge(tiny, run_all(tiny, ("exclusive", "static-8", "chunked-512", "adaptive"), jobs=1))
+    assert found.reason == (
+        "No request completed under any policy: 120 of 120 were dropped, since they never fit the KV cache of 2 tokens."
+    )
+    assert (found.best_static, found.best_chunked, found.against_chunked) == (None, None, None)
+    assert found.recommended == "exclusive"  # a name even so
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as text:
+        console.print(comparison_report(found))
+    shown = " ".join(text.get().split())
+    assert "★" not in shown
+    assert "•" not in shown
+    assert "bound by" not in shown
+    assert found.reason in shown
+    assert "Requests dropped, since they never fit the KV cache: exclusive 120, static-8 120," in shown
 
 
 def test_without_a_static_split_there_is_no_best_one(setup: Setup) -> None:

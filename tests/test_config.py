@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from semipd.config import (
-    SLOS,
     CompareConfig,
     DecodeGrid,
     HybridSweep,
@@ -19,9 +20,12 @@ from semipd.config import (
     PrefillSweep,
     ReplayConfig,
     SchedulerOptions,
+    Strict,
     build,
     load,
+    load_slo,
     read_yaml,
+    shipped_slos,
 )
 from semipd.core import InputError
 
@@ -77,6 +81,24 @@ def test_a_configuration_survives_being_saved_and_read_again(seqs: int, scale: f
 )
 def test_what_is_wrong_is_named_with_file_field_found_and_expected(data: dict[str, object], line: str) -> None:
     assert refusal(data).startswith(line)
+
+
+def schemas(base: type[Strict] = Strict) -> list[type[Strict]]:
+    return [base, *(schema for derived in base.__subclasses__() for schema in schemas(derived))]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_every_number_of_every_schema_is_finite(number: float) -> None:
+    asked = 0
+    for schema in schemas():
+        for name, field in schema.model_fields.items():
+            if float in (field.annotation, *get_args(field.annotation)):
+                with pytest.raises(ValidationError) as refused:
+                    schema.model_validate({name: number})
+                types = {e["type"] for e in refused.value.errors() if e["loc"][0] == name}
+                assert "finite_number" in types
+                asked += 1
+    assert asked > 20
 
 
 def test_an_unknown_field_on_top_is_answered_with_the_known_ones() -> None:
@@ -157,14 +179,47 @@ def test_a_prefill_sweep_has_no_decode_fields() -> None:
     assert "decode: unknown" in refusal({"decode": {"batch": 1, "context": 1}}, PrefillSweep)
 
 
-@pytest.mark.parametrize("name", SLOS)
-def test_every_slo_preset_is_found_by_name_and_carries_it(name: str) -> None:
-    assert CompareConfig(slo=name).targets == SLOS[name]
-    assert CompareConfig(slo=name).targets.name == name
+PUBLISHED = {
+    "mlperf-8b": (2.0, 0.1),
+    "mlperf-8b-interactive": (0.5, 0.03),
+    "mlperf-70b": (2.0, 0.2),
+    "mlperf-70b-interactive": (0.45, 0.04),
+    "semipd-8b-sharegpt-tight": (0.3, 0.15),
+    "semipd-8b-sharegpt-loose": (0.4, 0.2),
+    "semipd-8b-longbench-tight": (2.25, 0.13),
+    "semipd-8b-longbench-loose": (3.0, 0.18),
+    "mooncake-100": (30.0, 0.1),
+    "mooncake-200": (30.0, 0.2),
+    "mooncake-300": (30.0, 0.3),
+}
 
 
-def test_an_unknown_slo_is_answered_with_the_presets() -> None:
-    assert "slo: found 'fast'; expected ttft_s and tpot_s, or one of mlperf-70b," in refusal(
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_targets_are_those_published_and_carry_their_name(name: str) -> None:
+    targets = CompareConfig(slo=name).targets
+    assert (targets.ttft_s, targets.tpot_s) == PUBLISHED[name]
+    assert targets.name == name
+
+
+def test_every_file_of_targets_that_ships_is_one() -> None:
+    assert set(shipped_slos()) >= set(PUBLISHED)
+    for name, path in shipped_slos().items():
+        assert path.read_text().startswith("# "), f"{name} does not say where it comes from"
+        assert load_slo(name).ttft_s > load_slo(name).tpot_s
+
+
+def test_targets_can_be_in_a_file_of_their_own_that_carries_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("ttft_s: 1\ntpot_s: 0.02\n")
+    targets = CompareConfig(slo=str(path)).targets
+    assert (targets.ttft_s, targets.tpot_s, targets.name) == (1, 0.02, "mine")
+    path.write_text("ttft_s: 1\n")
+    with pytest.raises(InputError, match=r"mine\.yaml: tpot_s: missing; expected a value"):
+        _ = CompareConfig(slo=str(path)).targets
+
+
+def test_an_unknown_slo_is_answered_with_those_that_ship() -> None:
+    assert "slo: found 'fast'; expected ttft_s and tpot_s, a YAML file of them, or one of mlperf-70b," in refusal(
         {"slo": "fast"}, ReplayConfig
     )
 

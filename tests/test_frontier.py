@@ -346,8 +346,8 @@ def test_a_load_outside_the_fused_grid_is_marked_so(with_chunks: Profile) -> Non
         (replace(GRID, tokens=0), None, "tokens: found 0; expected one or more"),
         (replace(GRID, batch=-1), None, "batch: found -1; expected one or more"),
         (replace(GRID, kv_tokens=15), None, "kv_tokens: found 15; expected at least one for each of batch 16"),
-        (GRID, 0.0, "tpot_ms: found 0; expected a number above zero"),
-        (GRID, float("nan"), "tpot_ms: found nan; expected a number above zero"),
+        (GRID, 0.0, "tpot_ms: found 0; expected a finite number above zero"),
+        (GRID, float("nan"), "tpot_ms: found nan; expected a finite number above zero"),
     ],
 )
 def test_a_load_that_makes_no_sense_is_refused(

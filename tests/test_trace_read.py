@@ -204,9 +204,12 @@ def test_every_row_is_accounted_for_through_every_cut(tmp_path: Path) -> None:
     assert cut.arrival_s.tolist() == [0.0, 1.0, 2.0, 3.0]
     assert dict(cut.dropped) == {"limit": 5, "window": 8, "head": 3}
     assert cut.rows_read == len(cut) + sum(cut.dropped.values())
-    for wrong in (lambda: head(trace, 0), lambda: window(trace, 30, 40), lambda: window(trace, 5, 5)):
+    for wrong in (lambda: head(trace, 0), lambda: window(trace, 30, 40)):
         with pytest.raises(InputError, match="t: "):
             wrong()
+    for start_s, end_s in ((5, 5), (5, 4), (-1, 5), (float("nan"), 5), (0, float("nan"))):
+        with pytest.raises(InputError, match=f"t: window: found {start_s} s to {end_s} s, expected 0 s or later to"):
+            window(trace, start_s, end_s)
 
 
 @pytest.mark.parametrize("bad", ["2023-11-16 18:15:50.5,1,0", "2023-11-16 18:15:50.5,1", "2023-11-16 18:15:40,1,1"])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
+from semipd.cli.needs import GPU, NEEDS, missing
 from semipd.cli.session import show, show_json
 
-PACKAGES = ("semipd", "numpy", "simpy", "torch", "flashinfer-python", "matplotlib")
+PACKAGES = ("semipd", "numpy", "simpy", "pyarrow", "torch", "flashinfer-python", "safetensors", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of semipd: whether it will run here, and if not, why and what to do."""
+    """Commands, or another part of semipd: whether it will run here, and if not, why and what to do."""
 
     name: str
     runs: bool
@@ -52,45 +54,45 @@ class Findings:
     parts: tuple[Part, ...]
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def doctor(
+    ctx: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False
+) -> None:
     """Say what this machine offers, what will run on it, and why the rest will not."""
     from semipd.report.tables import plain_table
 
-    found = examine()
+    program = cast("typer.core.TyperGroup", ctx.find_root().command)
+    found = examine([name for name in program.list_commands(ctx) if name != "doctor"])
     if as_json:
         show_json(asdict(found))
         return
-    show(plain_table("Part of semipd", [(p.name, "runs" if p.runs else p.why_not) for p in found.parts]))
+    alike: dict[str, list[str]] = {}
+    for part in found.parts:
+        alike.setdefault(part.why_not or "runs", []).append(part.name)
+    show(plain_table("Part of semipd", [("\n".join(names), said) for said, names in alike.items()]))
     here = [("python", found.python), ("CUDA driver", found.driver or "none")]
     here += [(f"GPU {d.index}", _described(d)) for d in found.devices]
     here += [(name, version or "not installed") for name, version in found.packages.items()]
     show(plain_table("Here", here))
 
 
-def examine() -> Findings:
-    """Look at this machine; nothing is created on a GPU, and torch is not imported."""
+def examine(commands: Sequence[str]) -> Findings:
+    """Look at this machine, for these commands; nothing is created on a GPU, and torch is not imported."""
     packages = {name: _version(name) for name in PACKAGES}
     driver, devices, no_gpu = _gpus()
-    extra = [name for name in ("torch", "flashinfer-python") if packages[name] is None]
-    if extra:
-        no_kernels = f"{' and '.join(extra)} not installed: pip install 'semipd[gpu]'"
-    elif "+cpu" in (packages["torch"] or ""):
-        no_kernels = f"torch {packages['torch']} is built without CUDA: install a CUDA build of it"
-    else:
-        no_kernels = ""
+    cpu_build = packages["torch"] if "+cpu" in (packages["torch"] or "") else None
+    no_cuda = f"torch {cpu_build} is built without CUDA: install a CUDA build of it" if cpu_build else ""
     no_compiler = "" if shutil.which("nvcc") else "no nvcc on PATH: flashinfer can use only kernels built before"
-    no_plots = "" if packages["matplotlib"] else "matplotlib not installed: pip install 'semipd[plot]'"
-    parts = (
-        _part("simulate: trace, replay, compare", ""),
-        _part("partition the SMs", no_gpu),
-        _part("measure: sweep", "; ".join(filter(None, (no_gpu, no_kernels)))),
-        _part("compile attention kernels", "; ".join(filter(None, (no_kernels, no_compiler)))),
-        _part("plot", no_plots),
-    )
-    return Findings(platform.python_version(), driver, devices, packages, parts)
+    parts = [_part(", ".join(name for name in commands if name not in NEEDS))]
+    for command, needs in NEEDS.items():
+        parts.append(_part(command, *((no_gpu, no_cuda) if GPU in needs else ()), missing(command)))
+    parts.append(_part("partition the SMs (from Python)", no_gpu))
+    parts.append(_part("compile attention kernels", no_cuda, missing("sweep"), no_compiler))
+    return Findings(platform.python_version(), driver, devices, packages, tuple(parts))
 
 
-def _part(name: str, why_not: str) -> Part:
+def _part(name: str, *reasons: str) -> Part:
+    """Which runs unless there are reasons why not."""
+    why_not = "; ".join(filter(None, reasons))
     return Part(name, not why_not, why_not)
 
 

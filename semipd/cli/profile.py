@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from semipd.cli.needs import require
 from semipd.cli.progress import watched
 from semipd.cli.session import INTERRUPTED, Session, note, show, show_json
 
@@ -59,8 +59,7 @@ def profile(
     session: Session = ctx.obj
     if device not in DEVICES:
         raise InputError(f"--device: found {device!r}; expected one of {', '.join(DEVICES)}")
-    if find_spec("torch") is None or (device == "cuda" and find_spec("flashinfer") is None):
-        raise InputError("measuring a model needs torch, and flashinfer on a GPU: pip install 'semipd[gpu]'")
+    require("profile" if device == "cuda" else "profile --device cpu")
     described = load(model, ModelConfig)
     options = {
         "prefill_sms": f"[{prefill_sms}]" if prefill_sms is not None else None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from semipd.cli.needs import require
 from semipd.cli.progress import NOTE_EVERY_S
 from semipd.cli.session import INTERRUPTED, note, show, show_json
 
@@ -88,7 +89,7 @@ def compare(
         typer.Option(metavar="A,B", help="Only these, such as exclusive,static-64.  [default: all]"),
     ] = None,
     rate_scale: Annotated[float | None, typer.Option(help="Multiply the arrival rate.")] = None,
-    slo: Annotated[str | None, typer.Option(metavar="NAME", help="Latency targets: the name of a preset.")] = None,
+    slo: Annotated[str | None, typer.Option(metavar="NAME", help="Latency targets: a name or a YAML file.")] = None,
     predictor_error: Annotated[
         float | None, typer.Option(help="How far off the times are that policies predict with, such as 0.1.")
     ] = None,
@@ -161,7 +162,6 @@ def _run_all(
 def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[tuple[Executor, Scheduler, str | None]]:
     """The executor, a scheduler for it, and what runs where if it is no simulation."""
     from dataclasses import replace
-    from importlib.util import find_spec
 
     from semipd.config import load
     from semipd.core import InputError
@@ -181,8 +181,9 @@ def _opened(name: ExecutorName, config: ReplayConfig, setup: Setup) -> Iterator[
             f"scheduler.enable_prefix_caching: found true; expected false with --executor {name.value}, "
             "whose sequences share no blocks"
         )
-    if find_spec("torch") is None:
-        raise InputError("running a model needs torch: pip install 'semipd[gpu]'")
+    require(f"replay --executor {name.value}")
+    if config.weights is not None:
+        require("replay --set weights=DIR")
     if config.model is None:
         raise InputError("model: missing; expected a file such as configs/models/tiny.yaml to run")
     blocks = config.scheduler.num_blocks

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from semipd.cli.needs import require
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,11 +29,7 @@ OpenBench: TypeAlias = "Callable[[SweepConfig, str], AbstractContextManager[tupl
 @contextmanager
 def gpu_bench(config: SweepConfig, command: str) -> Iterator[tuple[Bench, dict[str, object]]]:
     """The real bench, on the current GPU. Raises InputError without the [gpu] extra, CudaError without a GPU."""
-    missing = [name for name in ("torch", "flashinfer") if find_spec(name) is None]
-    if missing:
-        from semipd.core import InputError
-
-        raise InputError(f"measuring needs {' and '.join(missing)}: pip install 'semipd[gpu]'")
+    require("sweep")
     from semipd.partition import Device
 
     Device(0).resource()  # says what is missing in one line, where torch would not

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from semipd.cli.needs import require
 from semipd.cli.session import note, show, show_json
 
 
@@ -70,5 +70,4 @@ def _check_page(path: Path) -> None:
         raise InputError(f"--html: found {str(path)!r}; expected a file that ends in .html")
     if not path.parent.is_dir():
         raise InputError(f"--html: {path.parent}: not a folder; expected one to write {path.name} in")
-    if find_spec("matplotlib") is None:
-        raise InputError("--html needs matplotlib: pip install 'semipd[plot]'")
+    require("show --html")

@@ -21,7 +21,7 @@ _COLUMNS = ("TTFT\np50", "s\np90", "\np99", "TPOT\np50", "ms\np90", "\np99")
 
 def comparison_report(found: Comparison) -> RenderableType:
     """The runs of a comparison, the best static split and the recommended policy marked, and why."""
-    marks = {found.best_static: STATIC, found.recommended: TAKE}
+    marks = {found.best_static: STATIC, found.recommended: TAKE} if _completed(found) else {}
     return Group(
         _title(found.trace, found.operations, found.runs[0], found.rate_rps),
         _table(found.runs, marks),
@@ -31,8 +31,9 @@ def comparison_report(found: Comparison) -> RenderableType:
 
 def summary_report(summary: Summary, setup: Setup, rate_rps: float | None, ran: str | None = None) -> RenderableType:
     """One replay, at so many requests a second; ``ran``: what ran where, if it was no simulation."""
+    finished = f"Completed {summary.completed:,}, dropped {summary.dropped:,}"
     lines = [
-        f"Completed {summary.completed:,}, dropped {summary.dropped:,}; {summary.saturation}; {_bound(summary)}.",
+        f"{'; '.join([finished, summary.saturation, *_bound(summary)])}.",
         f"Time in split: {_splits(summary)}.",
         *_caveats([summary], setup.profile, setup.predicted_by, ran),
         *_varied(None if setup.variation is None or ran is not None else setup.variation.seed),
@@ -58,7 +59,7 @@ def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         idle = run.time_in_split.get("idle", 0.0)
-        both = 1 - idle - run.time_in_split.get("full", 0.0)
+        both = max(0.0, 1 - idle - run.time_in_split.get("full", 0.0))
         table.add_row(
             f"{run.policy} {marks.get(run.policy, '')}".rstrip(),
             *_percentiles(run.ttft_s, 1.0, 3),
@@ -71,13 +72,19 @@ def _table(runs: Sequence[Summary], marks: dict[str | None, str]) -> Table:
     return table
 
 
+def _completed(found: Comparison) -> bool:
+    """Whether there is something to recommend."""
+    return any(run.completed for run in found.runs)
+
+
 def _notes(found: Comparison) -> Text:
-    lines = ["", f"{TAKE} {found.reason}"]
+    lines = ["", f"{TAKE} {found.reason}" if _completed(found) else found.reason]
     if found.best_static is not None and found.best_static != found.recommended:
         lines.append(f"{STATIC} the best static split: {found.best_static}.")
     if found.against_chunked is not None:
         lines.append(found.against_chunked)
-    lines += [f"{run.policy} is {_bound(run)}." for run in found.runs if run.policy == found.recommended]
+    taken = [run for run in found.runs if run.policy == found.recommended]
+    lines += [f"{run.policy} is {bound}." for run in taken for bound in _bound(run)]
     lines += [f"Time in split of adaptive: {_splits(run)}." for run in found.runs if run.policy == "adaptive"]
     caveats = _caveats(found.runs, found.profile, found.predicted_by)
     return Text("\n".join([*lines, *caveats, *_varied(found.variation_seed)]))
@@ -104,9 +111,12 @@ def _caveats(runs: Sequence[Summary], profile: Profile, predicted_by: str, ran: 
         )
     if ran is None and (starts := _starts(profile)):
         lines.append(f"Host time from a launch until work begins, as measured: {', '.join(starts)}.")
-    lost = [f"{run.policy} {run.requests - run.completed:,}" for run in runs if run.completed < run.requests]
-    if lost:
-        lines.append(f"Requests dropped or not completed: {', '.join(lost)}.")
+    dropped = [f"{run.policy} {run.dropped:,}" for run in runs if run.dropped]
+    if dropped:
+        lines.append(f"Requests dropped, since they never fit the KV cache: {', '.join(dropped)}.")
+    unfinished = [(run.policy, run.requests - run.completed - run.dropped) for run in runs]
+    if any(count for _, count in unfinished):
+        lines.append(f"Requests not completed: {', '.join(f'{name} {n:,}' for name, n in unfinished if n)}.")
     preempted = [f"{run.policy} {run.preemptions:,}" for run in runs if run.preemptions]
     if preempted:
         lines.append(f"Preemptions: {', '.join(preempted)}.")
@@ -126,10 +136,11 @@ def _caveats(runs: Sequence[Summary], profile: Profile, predicted_by: str, ran: 
     return lines
 
 
-def _bound(run: Summary) -> str:
+def _bound(run: Summary) -> list[str]:
+    """What bound it, in words; none when no time was spent on its requests."""
     shares = sorted((run.time_shares or {}).items(), key=lambda item: -item[1])
     shown = ", ".join(f"{bound} {100 * share:.0f} %" for bound, share in shares if share >= 0.005)
-    return f"bound by {run.bound_by} (requests' time: {shown})" if shown else "nothing ran"
+    return [f"bound by {run.bound_by} (requests' time: {shown})"] if shown else []
 
 
 def _splits(run: Summary) -> str:

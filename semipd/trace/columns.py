@@ -153,8 +153,12 @@ def head(trace: Trace, n: int, reason: str = "head") -> Trace:
 def window(trace: Trace, start_s: float, end_s: float) -> Trace:
     """The requests that arrive in [start_s, end_s), the first of them now at 0 s; the others are dropped.
 
-    Raises InputError when none arrives there.
+    Raises InputError when none arrives there, for a negative start and for an end that is not after it.
     """
+    if not 0 <= start_s < end_s:
+        raise InputError(
+            f"{trace.name}: window: found {start_s:g} s to {end_s:g} s, expected 0 s or later to something after that"
+        )
     start, stop = np.searchsorted(trace.arrival_s, (start_s, end_s), side="left").tolist()
     if not stop > start:
         raise InputError(

@@ -35,7 +35,7 @@ def reshape(trace: Trace, how: Reshape) -> Trace:
 
     Raises InputError as each of these does.
     """
-    if how.start_s > 0 or how.end_s is not None:
+    if how.start_s != 0 or how.end_s is not None:
         trace = window(trace, how.start_s, float("inf") if how.end_s is None else how.end_s)
     if how.dequantise_s is not None:
         trace = dequantise(trace, how.dequantise_s, how.seed)
