@@ -13,8 +13,38 @@ from semipd.core import DECODE, Allocation, FloatArray, IntArray, Request, StepR
 from semipd.diagnosis import DecodeTime
 from semipd.distribution import Counted
 
+LATEST = 4096
+
 CHUNK_STEPS = 2**20
 """Decode steps whose gaps are looked at together: a long replay needs little memory for them."""
+
+
+class Column:
+    """Numbers that come one at a time; the latest are in a list, which takes them faster than an array does."""
+
+    __slots__ = ("_earlier", "_latest")
+
+    def __init__(self) -> None:
+        self._earlier = array("d")
+        self._latest: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._earlier) + len(self._latest)
+
+    def append(self, number: float) -> None:
+        """Add a number; of whole ones those below 2 ** 53."""
+        self._latest.append(number)
+        if len(self._latest) == LATEST:
+            self._earlier.extend(self._latest)
+            self._latest = []
+
+    def floats(self) -> FloatArray:
+        """A copy of all."""
+        return np.concatenate([np.array(self._earlier, dtype=np.float64), np.array(self._latest, dtype=np.float64)])
+
+    def ints(self) -> IntArray:
+        """All of them, which are whole numbers."""
+        return self.floats().astype(np.int64)
 
 
 class Log:
@@ -32,17 +62,19 @@ class Log:
         self.extrapolated = 0
         self._names: dict[str, int] = {}  # of allocations, with their numbers
         self._allocations: dict[Allocation, int] = {}  # number of the name
-        self._run_allocation, self._run_start_s, self._run_end_s = array("l"), array("d"), array("d")
-        self._run_alone = array("q")  # sequences of a run that only decodes
+        self._run_allocation, self._run_start_s, self._run_end_s = Column(), Column(), Column()
+        self._run_alone = Column()  # sequences of a run that only decodes
+        self._end_s = 0.0
         self._chunk_steps = chunk_steps
         self._chunks: list[tuple[int, FloatArray]] = []  # how many decode runs, and the gaps of their steps
         self._closed_runs = 0  # decode runs in these
         self._chunk_start_s = 0.0  # end of their last decode step
-        self._step_end_s = array("d")  # of the decode runs that follow
-        self._decode_steps, self._decode_batch, self._decode_stayed = array("q"), array("q"), array("q")
-        self._own_gap_s = array("d")
-        self._first_id, self._first_s = array("q"), array("d")
-        self._finish_id, self._finish_s = array("q"), array("d")
+        self._ends_s: list[FloatArray] = []  # of the steps of the decode runs that follow
+        self._open_steps = 0  # how many these are
+        self._decode_steps, self._decode_batch, self._decode_stayed = Column(), Column(), Column()
+        self._own_gap_s = Column()
+        self._first_id, self._first_s = Column(), Column()
+        self._finish_id, self._finish_s = Column(), Column()
 
         self._requests: tuple[Request, ...] = ()  # of the last decode run; none once one was prefilled anew
         self._batch: set[int] = set()  # sequences whose last token came at the last decode step
@@ -59,6 +91,7 @@ class Log:
         self._run_allocation.append(number)
         self._run_start_s.append(record.start_s)
         self._run_end_s.append(end_s)
+        self._end_s = max(self._end_s, end_s)
         self._run_alone.append(len(run.requests) if run.phase is DECODE else 0)
         self.lookups += record.lookups
         self.extrapolated += record.extrapolated
@@ -76,28 +109,37 @@ class Log:
 
     def _append_decode(self, requests: tuple[Request, ...], record: StepRecord, end_s: float) -> None:
         """Every step gives each of these sequences a token."""
-        ends_s, n, joined = record.ends_s, len(requests), 0
+        n, steps, joined = len(requests), record.steps, 0
         if requests != self._requests:
-            batch = {request.id for request in requests}
-            if left := self._batch - batch:
-                self._token_s.update(dict.fromkeys(left, self._batch_s))
-            if new := batch - self._batch:
-                joined = len(new)
-                first_s = ends_s.item(0)
-                for request_id in new:
-                    self._token(request_id, first_s)
-            self._requests, self._batch = requests, batch
-        steps = len(ends_s)
-        self._step_end_s.frombytes(ends_s.tobytes())
+            joined = self._follow(requests, record.ends_s)
+        self._ends_s.append(record.ends_s)
+        self._open_steps += steps
         self._decode_steps.append(steps)
         self._decode_batch.append(n)
         self._decode_stayed.append(n - joined)
         self._batch_s = end_s
         self.tokens += steps * n
-        if record.finished:
-            self._batch.difference_update(record.finished)
-        if len(self._step_end_s) >= self._chunk_steps:
+        for request_id in record.finished:
+            self._batch.discard(request_id)
+        if self._open_steps >= self._chunk_steps:
             self._close_chunk()
+
+    def _follow(self, requests: tuple[Request, ...], ends_s: FloatArray) -> int:
+        """Take note of who is in the decode batch now; how many of them have joined it."""
+        batch, joined, first_s = self._batch, 0, 0.0
+        for request in requests:
+            if request.id not in batch:
+                if not joined:
+                    first_s = ends_s.item(0)
+                joined += 1
+                batch.add(request.id)
+                self._token(request.id, first_s)
+        if len(batch) > len(requests):
+            for request_id in batch - {request.id for request in requests}:
+                batch.remove(request_id)
+                self._token_s[request_id] = self._batch_s
+        self._requests = requests
+        return joined
 
     def _close_chunk(self) -> None:
         """Keep the gaps of the last decode runs' steps instead of their ends."""
@@ -105,10 +147,10 @@ class Log:
         self._chunks.append((runs, _on_disk(self._open_gaps())))
         self._closed_runs += runs
         self._chunk_start_s = self._batch_s
-        self._step_end_s = array("d")
+        self._ends_s, self._open_steps = [], 0
 
     def _open_gaps(self) -> FloatArray:
-        return np.diff(_floats(self._step_end_s), prepend=self._chunk_start_s)
+        return np.diff(np.concatenate([np.zeros(0), *self._ends_s]), prepend=self._chunk_start_s)
 
     def _append_prefill(self, record: StepRecord, end_s: float) -> None:
         """The end gives a token to each request whose prompt it completes."""
@@ -136,16 +178,16 @@ class Log:
 
     def first_tokens(self) -> tuple[IntArray, FloatArray]:
         """Ids of the requests that have had a token, and when the first one came."""
-        return _ints(self._first_id), _floats(self._first_s)
+        return self._first_id.ints(), self._first_s.floats()
 
     def finishes(self) -> tuple[IntArray, FloatArray]:
         """Ids of the requests that are complete, and when their last token came."""
-        return _ints(self._finish_id), _floats(self._finish_s)
+        return self._finish_id.ints(), self._finish_s.floats()
 
     def decode_time(self) -> dict[Allocation, DecodeTime]:
         """How long decode ran by itself, at each allocation."""
-        number, sequences = _ints(self._run_allocation), _ints(self._run_alone)
-        took_s = _floats(self._run_end_s) - _floats(self._run_start_s)
+        number, sequences = self._run_allocation.ints(), self._run_alone.ints()
+        took_s = self._run_end_s.floats() - self._run_start_s.floats()
         kinds = len(self._names)
         busy_s = np.bincount(number, took_s * (sequences > 0), kinds).astype(np.float64)
         request_s = np.bincount(number, took_s * sequences, kinds).astype(np.float64)
@@ -155,37 +197,34 @@ class Log:
     @property
     def end_s(self) -> float:
         """When the last run ended; 0 without runs."""
-        return max(self._run_end_s, default=0.0)
+        return self._end_s
 
     def gaps(self) -> Iterator[Counted]:
         """Gaps between successive tokens of a request, in seconds, and how many of each there are; in parts."""
+        steps, batch, stayed = self._decode_steps.ints(), self._decode_batch.ints(), self._decode_stayed.ints()
+
+        def counts(of: slice) -> IntArray:
+            """How many sequences had the gap before each step of these decode runs."""
+            counts: IntArray = np.repeat(batch[of], steps[of])
+            counts[np.cumsum(steps[of]) - steps[of]] = stayed[of]
+            return counts
+
         first = 0
         for runs, seconds in self._chunks:
-            yield _present(seconds, self._gap_counts(first, runs))
+            yield _present(seconds, counts(slice(first, first + runs)))
             first += runs
-        own, first = _floats(self._own_gap_s), self._closed_runs
-        counts = self._gap_counts(first, len(self._decode_steps) - first)
-        yield _present(
-            np.concatenate([self._open_gaps(), own]), np.concatenate([counts, np.ones(len(own), dtype=np.int64)])
-        )
-
-    def _gap_counts(self, first: int, runs: int) -> IntArray:
-        """How many sequences had the gap before each step of these decode runs."""
-        of = slice(first, first + runs)
-        steps = _ints(self._decode_steps[of])
-        counts: IntArray = np.repeat(_ints(self._decode_batch[of]), steps)
-        counts[np.cumsum(steps) - steps] = _ints(self._decode_stayed[of])
-        return counts
+        own, single = self._own_gap_s.floats(), np.ones(len(self._own_gap_s), dtype=np.int64)
+        yield _present(np.concatenate([self._open_gaps(), own]), np.concatenate([counts(slice(first, None)), single]))
 
     def time_in_split(self, start_s: float) -> dict[str, float]:
         """Share of the time from ``start_s`` to the last run's end in each allocation, the rest being ``idle``."""
-        order = np.argsort(_floats(self._run_start_s), kind="stable")
-        starts, ends = _floats(self._run_start_s)[order], _floats(self._run_end_s)[order]
+        order = np.argsort(self._run_start_s.floats(), kind="stable")
+        starts, ends = self._run_start_s.floats()[order], self._run_end_s.floats()[order]
         if not len(ends) or not (span_s := float(ends.max()) - start_s) > 0:
             return {"idle": 1.0}
         covered_s = np.maximum.accumulate(np.concatenate([[start_s], ends[:-1]]))  # by the runs before
         own_s = np.maximum(ends - np.maximum(starts, covered_s), 0.0)
-        busy = np.bincount(_ints(self._run_allocation)[order], own_s, len(self._names)) / span_s
+        busy = np.bincount(self._run_allocation.ints()[order], own_s, len(self._names)) / span_s
         shares = dict(zip(self._names, busy.tolist(), strict=True))
         return {**{name: shares[name] for name in sorted(shares)}, "idle": max(0.0, 1 - math.fsum(shares.values()))}
 
@@ -194,14 +233,6 @@ def _present(values: FloatArray, counts: IntArray) -> Counted:
     """Without the values that do not occur."""
     occur = counts > 0
     return values[occur], counts[occur]
-
-
-def _floats(column: array[float]) -> FloatArray:
-    return np.array(column, dtype=np.float64)
-
-
-def _ints(column: array[int]) -> IntArray:
-    return np.array(column, dtype=np.int64)
 
 
 def _on_disk(values: FloatArray) -> FloatArray:
