@@ -27,6 +27,11 @@ std::vector<double> place(const Grid& grid, const py::args& given) {
     return place;
 }
 
+// What is read after each change, in the same call: a call takes longer than what it does.
+std::pair<double, double> horizon(const Boundaries& boundaries) {
+    return {boundaries.priced_to_s(), boundaries.end_s()};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_steps, m) {
@@ -92,10 +97,6 @@ PYBIND11_MODULE(_steps, m) {
     py::class_<Boundaries>(m, "Boundaries")
         .def(py::init<double, std::size_t>(), py::arg("start_s"), py::arg("steps"))
         .def_readwrite("begin_s", &Boundaries::begin_s)
-        .def_property_readonly("done", &Boundaries::done)
-        .def_property_readonly("steps", &Boundaries::steps)
-        .def_property_readonly("priced_to_s", &Boundaries::priced_to_s)
-        .def_property_readonly("end_s", &Boundaries::end_s)
         .def("reached", &Boundaries::reached, py::arg("now_s"))
         .def(
             "leave",
@@ -108,9 +109,22 @@ PYBIND11_MODULE(_steps, m) {
             "price",
             [](Boundaries& boundaries, const Floats& seconds) {
                 boundaries.price(seconds.data(), seconds.size());
+                return horizon(boundaries);
             },
             py::arg("seconds"))
-        .def("price_evenly", &Boundaries::price_evenly, py::arg("seconds"), py::arg("steps"))
-        .def("stop", &Boundaries::stop, py::arg("now_s"))
+        .def(
+            "price_evenly",
+            [](Boundaries& boundaries, double seconds, std::size_t steps) {
+                boundaries.price_evenly(seconds, steps);
+                return horizon(boundaries);
+            },
+            py::arg("seconds"), py::arg("steps"))
+        .def(
+            "stop",
+            [](Boundaries& boundaries, double now_s) {
+                boundaries.stop(now_s);
+                return horizon(boundaries);
+            },
+            py::arg("now_s"))
         .def("ends_s", [](const Boundaries& boundaries) { return array(boundaries.ends()); });
 }

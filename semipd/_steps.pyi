@@ -61,22 +61,6 @@ class Boundaries:
     """When the first step begins."""
 
     def __init__(self, start_s: float, steps: int) -> None: ...
-    @property
-    def steps(self) -> int:
-        """Steps at which the run ends."""
-
-    @property
-    def done(self) -> int:
-        """Boundaries in earlier stretches."""
-
-    @property
-    def priced_to_s(self) -> float:
-        """The last boundary known; minus infinity before the first price."""
-
-    @property
-    def end_s(self) -> float:
-        """The end of the run; infinite while that is further than was priced."""
-
     def reached(self, now_s: float) -> int:
         """Boundaries reached by now, one at this moment included."""
 
@@ -86,14 +70,18 @@ class Boundaries:
         How many steps it worked on, how many boundaries have been reached, and how many are left.
         """
 
-    def price(self, seconds: FloatArray) -> None:
-        """Seconds of each of the next steps, of those that are left: the new stretch."""
+    def price(self, seconds: FloatArray) -> tuple[float, float]:
+        """Seconds of each of the next steps, of those that are left: the new stretch.
 
-    def price_evenly(self, seconds: float, steps: int) -> None:
+        The last boundary known then (minus infinity without one), and the end of the run: infinite while that is
+        further than was priced.
+        """
+
+    def price_evenly(self, seconds: float, steps: int) -> tuple[float, float]:
         """Likewise, for so many steps that take the same."""
 
-    def stop(self, now_s: float) -> None:
-        """End at the first boundary from now on; that is now at a boundary other than the start."""
+    def stop(self, now_s: float) -> tuple[float, float]:
+        """End at the first boundary from now on, and that is now at one other than the start; as ``price`` returns."""
 
     def ends_s(self) -> FloatArray:
         """All boundaries that are known."""

@@ -80,12 +80,15 @@ def output_left(run: Run) -> tuple[int, ...]:
 
     Raises ValueError for a sequence that has all of them.
     """
-    cached = run.context_lens
-    left = tuple([r.prompt_len + r.output_len - 1 - cached[i] for i, r in enumerate(run.requests)])
-    if min(left) < 1:
-        done = run.requests[left.index(min(left))]
-        raise ValueError(f"decode run {run.id}: request {done.id} has all its {done.output_len} tokens of output")
-    return left
+    cached, left = run.context_lens, list[int]()
+    for i, request in enumerate(run.requests):
+        tokens = request.prompt_len + request.output_len - 1 - cached[i]
+        if tokens < 1:
+            raise ValueError(
+                f"decode run {run.id}: request {request.id} has all its {request.output_len} tokens of output"
+            )
+        left.append(tokens)
+    return tuple(left)
 
 
 def finished_by_prefill(run: Run) -> tuple[int, ...]:

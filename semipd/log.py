@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from tempfile import TemporaryFile
+from typing import Final
 
 import numpy as np
 
@@ -13,9 +14,9 @@ from semipd.core import DECODE, Allocation, FloatArray, IntArray, Request, StepR
 from semipd.diagnosis import DecodeTime
 from semipd.distribution import Counted
 
-LATEST = 4096
+LATEST: Final = 4096
 
-CHUNK_STEPS = 2**20
+CHUNK_STEPS: Final = 2**20
 """Decode steps whose gaps are looked at together: a long replay needs little memory for them."""
 
 
@@ -150,7 +151,8 @@ class Log:
         self._ends_s, self._open_steps = [], 0
 
     def _open_gaps(self) -> FloatArray:
-        return np.diff(np.concatenate([np.zeros(0), *self._ends_s]), prepend=self._chunk_start_s)
+        self._ends_s = [np.concatenate([np.zeros(0), *self._ends_s])]
+        return np.diff(self._ends_s[0], prepend=self._chunk_start_s)
 
     def _append_prefill(self, record: StepRecord, end_s: float) -> None:
         """The end gives a token to each request whose prompt it completes."""
@@ -213,8 +215,9 @@ class Log:
         for runs, seconds in self._chunks:
             yield _present(seconds, counts(slice(first, first + runs)))
             first += runs
-        own, single = self._own_gap_s.floats(), np.ones(len(self._own_gap_s), dtype=np.int64)
-        yield _present(np.concatenate([self._open_gaps(), own]), np.concatenate([counts(slice(first, None)), single]))
+        own = self._own_gap_s.floats()
+        once: IntArray = np.ones(len(own), dtype=np.int64)
+        yield _present(np.concatenate([self._open_gaps(), own]), np.concatenate([counts(slice(first, None)), once]))
 
     def time_in_split(self, start_s: float) -> dict[str, float]:
         """Share of the time from ``start_s`` to the last run's end in each allocation, the rest being ``idle``."""

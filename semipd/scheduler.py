@@ -180,7 +180,7 @@ class Scheduler:
             if self._leaving:
                 self._release_leaving()
         elif self._joining and decode.id not in self._yielding:
-            return self._yield(decode)
+            return self._yield([decode])
         else:
             self._follow(decode, steps_done(decode.id))
             if self._leaving:
@@ -195,7 +195,7 @@ class Scheduler:
         if target is not self._current and target != self._current:
             if self._in_flight:
                 self.drains = True
-                return self._yield(*self._in_flight.values())
+                return self._yield(list(self._in_flight.values()))
             self.switches += self._current is not None
             self._current = target
             if target.mode is Mode.SPLIT:
@@ -391,21 +391,21 @@ class Scheduler:
         if alone and at.first is DECODE and self._decoding:
             batch = None  # it was stopped in another mode, and waits
         if alone and batch is not None and decode is not None:
-            return self._yield(decode)
+            return self._yield([decode])
         starts_prefill = batch is not None and PREFILL not in self._in_flight
         if batch is not None and starts_prefill and batch is not self._batch:
             if decode is not None and decode.id not in self._yielding and not self._fits(decode, batch):
-                return self._yield(decode)  # goes on from its next boundary with the steps that fit beside the batch
+                return self._yield([decode])  # goes on from its next boundary with the steps that fit beside the batch
             self._admit(batch)
             if at.mode is Mode.MIXED:
                 decoding = tuple([sequence.request for sequence in self._decoding])
-                return self._start(batch.fused(self._run_id(), at, decoding, self._context_lens()))
+                return self._start([batch.fused(self._run_id(), at, decoding, self._context_lens())])
         launches: list[Run] = []
         if self._decoding and decode is None and not (alone and batch is not None):
             launches.append(self._new_decode_run(at))
         if batch is not None and starts_prefill:
             launches.append(batch.run(self._run_id(), at))
-        return self._start(*launches)
+        return self._start(launches)
 
     def _fits(self, decode: Run, batch: PrefillBatch) -> bool:
         """Whether the decode run in flight can still reach its last step once the batch has its blocks."""
@@ -434,16 +434,16 @@ class Scheduler:
         ones = (1,) * len(requests)
         return Run(self._run_id(), DECODE, requests, ones, self._context_lens(), at.decode_sms, max_steps, at)
 
-    def _start(self, *runs: Run) -> Plan:
+    def _start(self, runs: list[Run]) -> Plan:
         for run in runs:
             self._in_flight[run.phase] = run
-        return Plan((), runs) if runs else NOTHING
+        return Plan((), tuple(runs)) if runs else NOTHING
 
     def _run_id(self) -> int:
         self._next_run += 1
         return self._next_run
 
-    def _yield(self, *runs: Run) -> Plan:
+    def _yield(self, runs: list[Run]) -> Plan:
         """Ask the runs that have not been asked."""
         asked = [run.id for run in runs if run.id not in self._yielding]
         if not asked:

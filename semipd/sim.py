@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from simpy import Environment, Timeout
 
@@ -39,7 +39,7 @@ Place: TypeAlias = tuple[PrefillShape | DecodeShape, Allocation, PrefillShape | 
 Outside: TypeAlias = Callable[[PrefillShape | DecodeShape, Allocation, PrefillShape | DecodeShape | None], str | None]
 """What is outside the measured grid at a place, None when nothing is."""
 
-STRETCH_STEPS = 1024
+STRETCH_STEPS: Final = 1024
 """Steps priced at a time, so that a run that could go on for a million steps costs no more to start or re-time."""
 
 
@@ -245,7 +245,7 @@ class SimExecutor:
 class Flight(ABC, Generic[Other]):
     """A run in flight: when its steps end at the present prices (``steps``), and what they are priced beside.
 
-    ``priced_to_s``, ``end_s``: as ``steps`` has them.
+    ``priced_to_s``: the last boundary known. ``end_s``: the run's end, infinite while that is further than was priced.
     """
 
     __slots__ = (
@@ -320,16 +320,13 @@ class Flight(ABC, Generic[Other]):
             run, at = self.run, self._before + first
             seconds = seconds * self._variation.factors(run.phase, run.allocation, beside is not None, at, self._priced)
         if isinstance(seconds, float):
-            steps.price_evenly(seconds, self._priced)
+            self.priced_to_s, self.end_s = steps.price_evenly(seconds, self._priced)
         else:
-            steps.price(seconds)
-        self.priced_to_s, self.end_s = steps.priced_to_s, steps.end_s
+            self.priced_to_s, self.end_s = steps.price(seconds)
 
     def stop(self, now_s: float) -> None:
         """Have the run end at its first boundary from now on."""
-        steps = self.steps
-        steps.stop(now_s)
-        self.priced_to_s, self.end_s = steps.priced_to_s, steps.end_s
+        self.priced_to_s, self.end_s = self.steps.stop(now_s)
 
     def record(self, cost: CostModel) -> StepRecord:
         """What the run did; it has ended."""

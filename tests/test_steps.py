@@ -136,18 +136,15 @@ def test_what_is_left_of_a_step_goes_on_at_the_new_price(
     for wait, seconds in prices:
         here, first, _ = run.leave(now)
         worked += here
-        if evenly:
-            run.price_evenly(seconds, steps)
-        else:
-            run.price(np.full(steps, seconds))
+        priced_to, end = run.price_evenly(seconds, steps) if evenly else run.price(np.full(steps, seconds))
         now += wait
         plain.go_on_to(now, seconds)
         assert run.reached(now) == len(plain.ends)
-        if run.end_s <= now:
+        if end <= now:
             break
-    plain.go_on_to(math.inf, prices[-1][1] if run.end_s > now else seconds)
+    plain.go_on_to(math.inf, prices[-1][1] if end > now else seconds)
     assert run.ends_s().tolist() == [float(end) for end in plain.ends]
-    assert (run.end_s, run.priced_to_s) == (run.ends_s()[-1], run.ends_s()[-1])
+    assert (end, priced_to) == (run.ends_s()[-1], run.ends_s()[-1])
     assert worked + len(run.ends_s()) - first >= steps  # a step that was priced anew is worked on at each price
 
 
@@ -158,19 +155,20 @@ def test_a_run_that_is_asked_to_stop_ends_at_its_first_boundary_from_then_on(ste
     for now in at:
         run.leave(now)
         run.price_evenly(1.0, steps)
-        run.stop(now)
         expected = min(expected, max(1, math.ceil(now)))
-        assert (run.steps, run.end_s) == (expected, float(expected))
+        assert run.stop(now) == (expected, expected)
+        assert run.ends_s().tolist() == list(range(1, expected + 1))
 
 
 def test_steps_beyond_those_priced_have_no_end_yet() -> None:
     run = Boundaries(1.0, 5)
-    assert (run.priced_to_s, run.end_s) == (-math.inf, math.inf)
-    run.price(np.array([1.0, 0.5]))
-    assert (run.priced_to_s, run.end_s, run.ends_s().tolist()) == (2.5, math.inf, [2.0, 2.5])
+    assert run.stop(1.0) == (-math.inf, math.inf)
+    run = Boundaries(1.0, 5)
+    assert run.price(np.array([1.0, 0.5])) == (2.5, math.inf)
+    assert run.ends_s().tolist() == [2.0, 2.5]
     assert run.leave(2.5) == (2, 2, 3)
-    run.price_evenly(1.0, 9)
-    assert (run.ends_s().tolist(), run.end_s) == ([2.0, 2.5, 3.5, 4.5, 5.5], 5.5)
+    assert run.price_evenly(1.0, 9) == (5.5, 5.5)
+    assert run.ends_s().tolist() == [2.0, 2.5, 3.5, 4.5, 5.5]
 
 
 def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
