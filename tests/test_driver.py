@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from semipd.core import InputError, Phase, Request, StepRecord
 from semipd.cost import ConstantCost
 from semipd.driver import replay
+from semipd.log import Log
 from semipd.policies import make_policy
 from semipd.scheduler import Scheduler
 from semipd.scheduler_config import SchedulerConfig
@@ -32,6 +35,19 @@ def test_one_request_by_hand() -> None:
         (Phase.PREFILL, 1.0, [1.25, 1.5], ()),
         (Phase.DECODE, 1.5, [2.0, 2.5, 3.0], (0,)),
     ]
+
+
+@given(batch=st.integers(1, 40), outputs=st.integers(2, 60), step=st.sampled_from([0.1, 0.03, 0.5]))
+def test_decode_alone_makes_its_batch_in_every_step_time(batch: int, outputs: int, step: float) -> None:
+    requests = [Request(i, 0.0, 16, outputs) for i in range(batch)]
+    cost = ConstantCost(prefill_layer_s=1.0, decode_step_s=step)
+    config = SchedulerConfig(num_blocks=10_000)
+    scheduler = Scheduler(config, make_policy("exclusive", cost, Slo(1, 1)), device_sms=132, layers=1)
+    log = Log()
+    for record in replay(requests, scheduler, SimExecutor(cost)):
+        log.append(record)
+    first_s, last_s = log.first_tokens()[1].max(), log.finishes()[1].max()
+    assert (log.tokens - batch) / (last_s - first_s) == pytest.approx(batch / step, rel=1e-12)
 
 
 def test_no_requests_no_records() -> None:
