@@ -106,8 +106,8 @@ class Curve {
             throw std::invalid_argument("a curve needs as many knots as times");
     }
 
-    // Writes the seconds of so many steps, each of which reads `more` tokens more than the one before; how many
-    // are outside.
+    // Writes the seconds of so many steps, each of which reads `more` tokens more than the one before; how
+    // many are outside.
     std::size_t at(std::int64_t kv_tokens, std::int64_t more, std::size_t count, double* seconds) const {
         std::size_t outside = 0, knot = 0;
         for (std::size_t i = 0; i < count; ++i, kv_tokens += more) {

@@ -33,9 +33,11 @@ double look_up(Random& random) {
 
     const std::vector<double> knots = ascending(random);
     const semipd::Curve curve(knots, knots, 2, 9, false);
-    const semipd::Grid factors({semipd::Axis(knots, 1, 9, true)}, std::vector<double>(knots.size() * knots.size(), 2));
+    const semipd::Grid factors({semipd::Axis(knots, 1, 9, true)},
+                               std::vector<double>(knots.size() * knots.size(), 2));
     std::vector<double> seconds(pick(random, 0, 5));
-    curve.times(factors, place.data(), 1, 20).at(pick(random, 0, 50), pick(random, 1, 9), seconds.size(), seconds.data());
+    curve.times(factors, place.data(), 1, 20)
+        .at(pick(random, 0, 50), pick(random, 1, 9), seconds.size(), seconds.data());
     return blend[0] + (seconds.empty() ? 0 : seconds.back());
 }
 
