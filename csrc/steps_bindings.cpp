@@ -35,7 +35,7 @@ std::pair<double, double> horizon(const Boundaries& boundaries) {
 }  // namespace
 
 PYBIND11_MODULE(_steps, m) {
-    m.doc() = "What steps cost and when they end; semipd.cost and semipd.sim say what for.";
+    m.doc() = "What steps cost and when they end; semipd.table_cost and semipd.sim say what for.";
 
     py::class_<Axis>(m, "Axis")
         .def(py::init<std::vector<double>, double, double, bool>(), py::arg("values"), py::arg("low"),

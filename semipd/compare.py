@@ -188,22 +188,23 @@ def run(
         watch: Called now and then with the seconds of the replay and the requests finished so far.
         each: Called with every record, as runs end.
 
-    Ctrl-C ends the replay after the record at hand: the outcome then holds what was complete.
+    Ctrl-C ends the replay, but not within a record: the outcome then holds what was complete.
     """
     log, finished, complete = Log(), 0, True
     loop = ClosedLoop(setup.trace) if setup.closed_loop else None
     start_s = time.perf_counter()
-    with _no_collection(), _interrupts() as interrupts:
-        for count, record in enumerate(replay(loop or setup.trace.requests(), scheduler, executor)):
-            log.append(record)
-            finished += len(record.finished)
-            if each is not None:
-                each(record)
-            if watch is not None and count % WATCH_EVERY == 0:
-                watch(record.end_s, finished)
-            if interrupts:
-                complete = False
-                break
+    try:
+        with _no_collection(), _interrupts() as interrupts:
+            for count, record in enumerate(replay(loop or setup.trace.requests(), scheduler, executor)):
+                with interrupts.held_back():  # a record is noted everywhere or nowhere
+                    log.append(record)
+                    finished += len(record.finished)
+                    if each is not None:
+                        each(record)
+                    if watch is not None and count % WATCH_EVERY == 0:
+                        watch(record.end_s, finished)
+    except KeyboardInterrupt:
+        complete = False
     sent_s = loop.sent_s if loop is not None else None
     summary = summarise(
         log,
@@ -234,24 +235,39 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+class _Interrupts:
+    """Ctrl-C as KeyboardInterrupt, which can be held back for a while."""
+
+    def __init__(self) -> None:
+        self._held = self._came = False
+
+    def handle(self, *_: object) -> None:
+        """The signal's handler."""
+        if not self._held:
+            raise KeyboardInterrupt
+        self._came = True
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Until the end of this."""
+        self._held = True
+        yield
+        self._held = False
+        if self._came:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Ctrl-C, noted and not raised, so that nothing is left half done; the second one is raised."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # where it is not raised, either
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, _: object) -> None:
-        noted.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
+def _interrupts() -> Iterator[_Interrupts]:
+    interrupts, before = _Interrupts(), signal.getsignal(signal.SIGINT)
+    here = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
+    if here:  # elsewhere it is not raised, or is to be ignored
+        signal.signal(signal.SIGINT, interrupts.handle)
     try:
-        yield noted
+        yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        if here:
+            signal.signal(signal.SIGINT, before)
 
 
 def _diagnosed(summary: Summary, log: Log, table: RequestTable, scheduler: Scheduler, cost: CostModel) -> Summary:

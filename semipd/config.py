@@ -124,7 +124,7 @@ class Workload(Strict):
     @field_validator("slo")
     @classmethod
     def _known(cls, found: str | SloConfig) -> str | SloConfig:
-        if isinstance(found, str) and found not in (names := shipped_slos()) and not Path(found).is_file():
+        if isinstance(found, str) and found not in (names := shipped_slos()) and not _is_file(found):
             known = ", ".join(sorted(names))
             raise ValueError(f"found {found!r}; expected ttft_s and tpot_s, a YAML file of them, or one of {known}")
         return found
@@ -136,6 +136,13 @@ class Workload(Strict):
         return load_slo(found) if isinstance(found, str) else Slo(found.ttft_s, found.tpot_s)
 
 
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # no name of a file, such as one too long
+        return False
+
+
 class ReplayConfig(Workload):
     """One replay, under one policy. ``model`` and ``weights``: what executors other than the simulation run.
 
@@ -145,6 +152,13 @@ class ReplayConfig(Workload):
     policy: str = "adaptive"
     model: str | None = None
     weights: str | None = None
+
+    def settled(self) -> ReplayConfig:
+        """With the targets themselves instead of a file's name, for that file may change."""
+        if not isinstance(self.slo, str) or self.slo in shipped_slos():
+            return self
+        targets = self.targets
+        return self.model_copy(update={"slo": SloConfig(ttft_s=targets.ttft_s, tpot_s=targets.tpot_s)})
 
 
 class CompareConfig(Workload):

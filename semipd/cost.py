@@ -129,7 +129,7 @@ class Misjudged:
     """Another cost model seen by a predictor that errs: for policies that shall not know what the simulation knows.
 
     At each allocation all times of a phase are off by one factor exp(error * z), z standard normal, drawn with
-    ``seed``: as by tables measured on another day, whose points err together.
+    ``seed``: as by tables measured on another day, whose points err together. Instances can be pickled.
     """
 
     def __init__(self, cost: CostModel, error: float, seed: int = 0) -> None:
@@ -137,6 +137,9 @@ class Misjudged:
         self.device_sms, self.layers = cost.device_sms, cost.layers
         self.splits, self.allocations, self.refused = cost.splits, cost.allocations, cost.refused
         self._factors: dict[tuple[int, Allocation], float] = {}
+
+    def __reduce__(self) -> tuple[type[Misjudged], tuple[CostModel, float, int]]:
+        return Misjudged, (self._cost, self._error, self._seed)
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """See ``CostModel.prefill_s``."""

@@ -239,7 +239,10 @@ def _present(values: FloatArray, counts: IntArray) -> Counted:
 
 
 def _on_disk(values: FloatArray) -> FloatArray:
-    """The same values in a temporary file without a name, which goes when they do."""
-    with TemporaryFile() as file:
-        values.tofile(file)
-        return np.memmap(file, values.dtype, "r", shape=values.shape)
+    """The same values in a temporary file without a name, which goes when they do; in memory where there is no room."""
+    try:
+        with TemporaryFile() as file:
+            values.tofile(file)
+            return np.memmap(file, values.dtype, "r", shape=values.shape)
+    except OSError:
+        return values

@@ -196,6 +196,19 @@ def test_the_same_scheduler_runs_a_model_on_the_cpu(tmp_path: Path, capsys: pyte
     assert all(row["ttft_s"] > 0 for row in rows(tmp_path / "r" / "requests.parquet"))
 
 
+def test_ctrl_c_ends_a_replay_that_waits_for_a_request(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    configs, out = Path(__file__).parent.parent / "configs", tmp_path / "r"
+    words = ["replay", str(configs / "replay-cpu-tiny.yaml"), "--executor", "cpu", "--out", str(out)]
+    words += ["--set", f"model={configs / 'models' / 'tiny.yaml'}", "--set", "trace.rate_scale=0.0001"]
+    started_s = time.monotonic()
+    code, said = interrupted(words, out / "runs.parquet", wait_s=4)
+    assert code == 130, said
+    assert time.monotonic() - started_s < 60  # the next request comes in hours
+    assert said.splitlines()[-1] == "interrupted: 1 of 10 requests are complete"
+    assert json.loads((out / "summary.json").read_text())["completed"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -58,7 +58,9 @@ def test_every_policy_completes_every_request_of_the_same_trace(setup: Setup) ->
         assert run.output_throughput_tps * run.duration_s == pytest.approx(setup.trace.output_len.sum())
 
 
-def test_processes_of_their_own_find_the_same(setup: Setup) -> None:
+@pytest.mark.parametrize("options", [{}, {"predictor_error": 0.2, "variation_seed": 3}])
+def test_processes_of_their_own_find_the_same(profile: Path, options: dict[str, float]) -> None:
+    setup = prepare(config(profile, **options))
     names = ("exclusive", "static-16", "adaptive")
     alone, apart = ({run.policy: replace(run, wall_s=None) for run in run_all(setup, names, jobs)} for jobs in (1, 2))
     assert alone == apart

@@ -213,7 +213,10 @@ def test_targets_can_be_in_a_file_of_their_own_that_carries_its_name(tmp_path: P
     path.write_text("ttft_s: 1\ntpot_s: 0.02\n")
     targets = CompareConfig(slo=str(path)).targets
     assert (targets.ttft_s, targets.tpot_s, targets.name) == (1, 0.02, "mine")
+    saved = ReplayConfig(slo=str(path)).settled()
     path.write_text("ttft_s: 1\n")
+    assert (saved.targets.ttft_s, saved.targets.tpot_s) == (1, 0.02)
+    assert ReplayConfig(slo="mlperf-8b").settled().slo == "mlperf-8b"
     with pytest.raises(InputError, match=r"mine\.yaml: tpot_s: missing; expected a value"):
         _ = CompareConfig(slo=str(path)).targets
 

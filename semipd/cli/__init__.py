@@ -14,7 +14,7 @@ import typer
 
 from semipd import __version__
 from semipd.cli import doctor, profile, replay, show, sweep, trace
-from semipd.cli.session import INTERRUPTED, OpenBench, Session, gpu_bench
+from semipd.cli.session import INTERRUPTED, CutShortError, OpenBench, Session, gpu_bench
 
 # typer has brought its own copy of click since 0.26: the class of all usage errors is the one its public error has.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
@@ -64,12 +64,16 @@ def main(argv: Sequence[str] | None = None, open_bench: OpenBench = gpu_bench) -
             args or ["--help"], prog_name="semipd", standalone_mode=False, obj=Session(tuple(args), open_bench)
         )
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except CutShortError as error:
+        print(error, file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if "--debug" in given:
             raise
         return _report(error)
+    if code == INTERRUPTED:  # typer makes it of KeyboardInterrupt
+        print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -45,9 +45,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the machine offers. ``driver`` is the CUDA version of its driver, None without a usable one."""
+    """What the machine offers. ``driver`` is the CUDA version of its driver, None without a usable one.
+
+    ``simulator``: whether it was compiled when semipd was installed, or is interpreted.
+    """
 
     python: str
+    simulator: str
     driver: str | None
     devices: tuple[Gpu, ...]
     packages: dict[str, str | None]
@@ -69,7 +73,7 @@ def doctor(
     for part in found.parts:
         alike.setdefault(part.why_not or "runs", []).append(part.name)
     show(plain_table("Part of semipd", [("\n".join(names), said) for said, names in alike.items()]))
-    here = [("python", found.python), ("CUDA driver", found.driver or "none")]
+    here = [("python", found.python), ("simulator", found.simulator), ("CUDA driver", found.driver or "none")]
     here += [(f"GPU {d.index}", _described(d)) for d in found.devices]
     here += [(name, version or "not installed") for name, version in found.packages.items()]
     show(plain_table("Here", here))
@@ -77,6 +81,8 @@ def doctor(
 
 def examine(commands: Sequence[str]) -> Findings:
     """Look at this machine, for these commands; nothing is created on a GPU, and torch is not imported."""
+    from semipd import driver as driver_module
+
     packages = {name: _version(name) for name in PACKAGES}
     driver, devices, no_gpu = _gpus()
     cpu_build = packages["torch"] if "+cpu" in (packages["torch"] or "") else None
@@ -87,7 +93,8 @@ def examine(commands: Sequence[str]) -> Findings:
         parts.append(_part(command, *((no_gpu, no_cuda) if GPU in needs else ()), missing(command)))
     parts.append(_part("partition the SMs (from Python)", no_gpu))
     parts.append(_part("compile attention kernels", no_cuda, missing("sweep"), no_compiler))
-    return Findings(platform.python_version(), driver, devices, packages, tuple(parts))
+    simulator = "interpreted" if str(driver_module.__file__).endswith(".py") else "compiled"
+    return Findings(platform.python_version(), simulator, driver, devices, packages, tuple(parts))
 
 
 def _part(name: str, *reasons: str) -> Part:

@@ -13,7 +13,7 @@ import typer
 
 from semipd.cli.needs import require
 from semipd.cli.progress import watched
-from semipd.cli.session import INTERRUPTED, Session, note, show, show_json
+from semipd.cli.session import CutShortError, Session, note, show, show_json
 
 if TYPE_CHECKING:
     from semipd.campaign import Subject
@@ -103,10 +103,10 @@ def profile(
 
         show(profiled_report(points, result.overheads, held))
     note(f"saved: {out}, after {time.monotonic() - begun_s:.0f} s")
-    if not result.complete:
-        note(f"{'interrupted' if result.interrupted else 'time limit reached'}; go on with: {session.resume_command()}")
     if result.interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise CutShortError(f"interrupted; go on with: {session.resume_command()}")
+    if not result.complete:
+        note(f"time limit reached; go on with: {session.resume_command()}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import typer
 
 from semipd.cli.needs import require
 from semipd.cli.progress import NOTE_EVERY_S
-from semipd.cli.session import INTERRUPTED, note, show, show_json
+from semipd.cli.session import CutShortError, note, show, show_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ def replay(
     policy_names((found.policy,), setup)  # refuse an unknown one before anything is written
     with (
         _opened(executor, found, setup) as (opened, scheduler, ran),
-        _saved(out, found.model_dump(mode="json")) as each,
+        _saved(out, found.settled().model_dump(mode="json")) as each,
         _watched(found.policy, len(setup.trace)) as watch,
     ):
         outcome = run(setup, found.policy, scheduler, opened, watch=watch, each=each)
@@ -76,8 +76,8 @@ def replay(
         show(summary_report(outcome.summary, setup, rate_rps(setup.trace), ran))
     _note_outside([outcome.summary])
     if not outcome.complete:
-        note(f"interrupted: {outcome.summary.completed} of {outcome.summary.requests} requests are complete")
-        raise typer.Exit(INTERRUPTED)
+        complete = f"{outcome.summary.completed} of {outcome.summary.requests}"
+        raise CutShortError(f"interrupted: {complete} requests are complete")
 
 
 def compare(
@@ -123,8 +123,7 @@ def compare(
     names = policy_names(found.policies, setup)
     runs, interrupted = _run_all(setup, names, min(jobs or os.cpu_count() or 1, len(names)), run_all)
     if not runs:
-        note(f"interrupted: none of {len(names)} policies is complete")
-        raise typer.Exit(INTERRUPTED)
+        raise CutShortError(f"interrupted: none of {len(names)} policies is complete")
     result = judge(setup, runs)
     if as_json:
         show_json(result.to_json())
@@ -134,8 +133,7 @@ def compare(
         show(comparison_report(result))
     _note_outside(runs)
     if interrupted:
-        note(f"interrupted: {len(runs)} of {len(names)} policies are complete")
-        raise typer.Exit(INTERRUPTED)
+        raise CutShortError(f"interrupted: {len(runs)} of {len(names)} policies are complete")
 
 
 def _run_all(

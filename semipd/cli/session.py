@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # as shells report Ctrl-C
 
+
+class CutShortError(Exception):
+    """Ctrl-C ended a command, which has kept what was complete; its text is the last line to say."""
+
+
 OpenBench: TypeAlias = "Callable[[SweepConfig, str], AbstractContextManager[tuple[Bench, dict[str, object]]]]"
 """(config, command) to a bench and the provenance of what it measures."""
 

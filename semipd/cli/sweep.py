@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from semipd.cli.progress import watched
-from semipd.cli.session import INTERRUPTED, Session, note, show, show_json
+from semipd.cli.session import CutShortError, Session, note, show, show_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -323,8 +323,7 @@ def _finish(
         show(report())
     saved = ", ".join(f"{t.path} ({len(t.points)} points)" for t in done.tables)
     note(f"saved: {saved}")
-    if not done.complete:
-        why = "interrupted" if done.interrupted else "time limit reached"
-        note(f"{why}; go on with: {session.resume_command()}")
     if done.interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise CutShortError(f"interrupted; go on with: {session.resume_command()}")
+    if not done.complete:
+        note(f"time limit reached; go on with: {session.resume_command()}")
