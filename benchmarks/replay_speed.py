@@ -75,7 +75,7 @@ def measured(args: argparse.Namespace, requests: int | None, checkout: str | Non
 
 
 def replayed(args: argparse.Namespace) -> dict[str, float]:
-    """Replay a trace in this process; ``loop_s`` is without imports and reading, and with the summary."""
+    """Replay a trace in this process; ``loop_s`` is without imports, reading and summary."""
     from semipd.compare import prepare, simulate
     from semipd.config import CompareConfig, SchedulerOptions, TraceConfig
 

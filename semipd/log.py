@@ -77,6 +77,8 @@ class Log:
         self._first_id, self._first_s = Column(), Column()
         self._finish_id, self._finish_s = Column(), Column()
 
+        self._only_part: Counted | None = None  # gaps as last asked for, when all are in memory
+
         self._requests: tuple[Request, ...] = ()  # of the last decode run; none once one was prefilled anew
         self._batch: set[int] = set()  # sequences whose last token came at the last decode step
         self._batch_s = 0.0  # its end
@@ -85,6 +87,7 @@ class Log:
     def append(self, record: StepRecord) -> None:
         """Take note of a run that ended."""
         run, steps, end_s, finished = record.run, record.steps, record.end_s, record.finished
+        self._only_part = None
         number = self._allocations.get(run.allocation)
         if number is None:
             number = self._names.setdefault(run.allocation.name, len(self._names))
@@ -202,7 +205,13 @@ class Log:
         return self._end_s
 
     def gaps(self) -> Iterator[Counted]:
-        """Gaps between successive tokens of a request, in seconds, and how many of each there are; in parts."""
+        """Gaps between successive tokens of a request, in seconds, and how many of each there are; in parts.
+
+        A log that is all in memory puts them together once, however often it is asked.
+        """
+        if self._only_part is not None:
+            yield self._only_part
+            return
         steps, batch, stayed = self._decode_steps.ints(), self._decode_batch.ints(), self._decode_stayed.ints()
 
         def counts(of: slice) -> IntArray:
@@ -217,7 +226,10 @@ class Log:
             first += runs
         own = self._own_gap_s.floats()
         once: IntArray = np.ones(len(own), dtype=np.int64)
-        yield _present(np.concatenate([self._open_gaps(), own]), np.concatenate([counts(slice(first, None)), once]))
+        last = _present(np.concatenate([self._open_gaps(), own]), np.concatenate([counts(slice(first, None)), once]))
+        if not self._chunks:
+            self._only_part = last
+        yield last
 
     def time_in_split(self, start_s: float) -> dict[str, float]:
         """Share of the time from ``start_s`` to the last run's end in each allocation, the rest being ``idle``."""
