@@ -15,7 +15,7 @@ from semipd.core import Allocation, DecodeShape, FloatArray, Mode, PrefillShape
 
 
 class CostModel(Protocol):
-    """Step times from measurements.
+    """Step times from measurements. Like ``Policy``, not to be inherited from.
 
     A prefill step is one layer of a batch; a decode step is one token of every sequence, all layers, and so is a fused
     step.

@@ -9,7 +9,7 @@ from semipd.core import FUSED, ONE_AT_A_TIME, Mode, Run, StepRecord
 
 
 class Executor(Protocol):
-    """Owns time, virtual or wall-clock, and runs what it is given.
+    """Owns time, virtual or wall-clock, and runs what it is given. Like ``Policy``, not to be inherited from.
 
     At most one run of each phase is in flight, and a fused one only alone. A run ends by itself (prefill: its layers
     are done; decode: a sequence finished or ``max_steps`` reached; fused: its one step is done) or at its next step

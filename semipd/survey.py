@@ -132,7 +132,7 @@ class Survey:
                 ],
                 "most_work": self.most_work.name,
                 "missing_modes": list(self.missing_modes),
-                "refused_modes": dict(self.refused),
+                "refused": dict(self.refused),
             },
             "optimum": None if self.optimum is None else self._optimum_json(self.optimum),
             "heat_map": {

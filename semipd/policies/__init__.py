@@ -29,7 +29,7 @@ KINDS = {
 
 
 class Policy(Protocol):
-    """Chooses the allocation.
+    """Chooses the allocation. A protocol: policies need not, and where this is compiled cannot, inherit from it.
 
     The scheduler asks when a prefill batch is about to start, when the decode batch changes and when a phase
     becomes idle or busy, never at every decode step.
