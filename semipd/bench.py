@@ -250,7 +250,7 @@ class GpuBench:
         return kernel
 
     def _lane(self, kernel: Kernel, stream: Any, sms: int, layers: int | None = None) -> Lane:
-        if isinstance(kernel, PrefillKernel):
+        if isinstance(kernel, PrefillKernel) and kernel.backend == "fa3-sized" and kernel.ctas != sms:
             kernel.size_to(sms)
         key = (id(kernel), stream.cuda_stream, layers)
         if key not in self._lanes:

@@ -124,6 +124,55 @@ class PrefillKernel:
         self._wrapper.run(self.q[copy], self.k[copy], self.v[copy], out=self.out)
 
 
+class DecodeKernel:
+    """GQA attention of one decode step over a paged KV cache, tensor cores, random data, pages in random order."""
+
+    def __init__(
+        self,
+        gqa: Gqa,
+        work: DecodeWork,
+        copies: int = 1,
+        page_size: int = 16,
+        seed: int = 0,
+        split_tokens: int = 0,
+    ) -> None:
+        import flashinfer
+
+        self.gqa, self.work, self.copies, self.page_size = gqa, work, copies, page_size
+        generator = torch.Generator("cuda").manual_seed(seed)
+        lengths = work.lengths()
+        pages = [(n + page_size - 1) // page_size for n in lengths]
+        indptr = torch.tensor([0, *np.cumsum(pages)], dtype=torch.int32)
+        count = int(indptr[-1])
+        self.page_ids = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+        shape = (copies, count, 2, page_size, gqa.kv_heads, gqa.head_dim)
+        self.cache = torch.randn(shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+        q_shape = (copies, work.batch, gqa.query_heads, gqa.head_dim)
+        self.q = torch.randn(q_shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
+        self.out = torch.empty_like(self.q[0])
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=True)
+        self._wrapper.plan(
+            indptr,
+            self.page_ids.to("cuda"),
+            torch.tensor([(n - 1) % page_size + 1 for n in lengths], dtype=torch.int32),
+            gqa.query_heads,
+            gqa.kv_heads,
+            gqa.head_dim,
+            page_size,
+            q_data_type=gqa.torch_dtype,
+            fixed_split_size=split_tokens // page_size or None,
+        )
+
+    def size_to(self, ctas: int) -> None:
+        """Decode is planned once: its grid is not persistent, so it fits any partition."""
+
+    def launch(self, step: int) -> None:
+        """Enqueue one layer on the current stream."""
+        copy = step % self.copies
+        self._wrapper.run(self.q[copy], self.cache[copy], out=self.out)
+
+
 class Pages:
     """Keys and values of sequences of so many tokens in a paged cache: random data, pages in random order.
 
@@ -140,49 +189,6 @@ class Pages:
         self.ids = torch.randperm(total, generator=order).to(torch.int32).to("cuda")
         shape = (copies, total, 2, page_size, gqa.kv_heads, gqa.head_dim)
         self.cache = torch.randn(shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
-
-
-class DecodeKernel:
-    """GQA attention of one decode step over a paged KV cache, tensor cores, random data.
-
-    It is planned once: its grid is not persistent, so it fits any partition.
-    """
-
-    def __init__(
-        self,
-        gqa: Gqa,
-        work: DecodeWork,
-        copies: int = 1,
-        page_size: int = 16,
-        seed: int = 0,
-        split_tokens: int = 0,
-    ) -> None:
-        import flashinfer
-
-        self.gqa, self.work, self.copies, self.page_size = gqa, work, copies, page_size
-        generator = torch.Generator("cuda").manual_seed(seed)
-        self.pages = Pages(gqa, work.lengths(), copies, page_size, generator)
-        q_shape = (copies, work.batch, gqa.query_heads, gqa.head_dim)
-        self.q = torch.randn(q_shape, device="cuda", dtype=gqa.torch_dtype, generator=generator)
-        self.out = torch.empty_like(self.q[0])
-        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-        self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=True)
-        self._wrapper.plan(
-            self.pages.indptr,
-            self.pages.ids,
-            self.pages.last_len,
-            gqa.query_heads,
-            gqa.kv_heads,
-            gqa.head_dim,
-            page_size,
-            q_data_type=gqa.torch_dtype,
-            fixed_split_size=split_tokens // page_size or None,
-        )
-
-    def launch(self, step: int) -> None:
-        """Enqueue one layer on the current stream."""
-        copy = step % self.copies
-        self._wrapper.run(self.q[copy], self.pages.cache[copy], out=self.out)
 
 
 class MixedKernel:
