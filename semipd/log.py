@@ -14,7 +14,7 @@ from semipd.core import DECODE, Allocation, FloatArray, IntArray, Request, StepR
 from semipd.diagnosis import DecodeTime
 from semipd.distribution import Counted
 
-LATEST: Final = 4096
+LATEST: Final = 256
 
 CHUNK_STEPS: Final = 2**20
 """Decode steps whose gaps are looked at together: a long replay needs little memory for them."""
@@ -70,8 +70,7 @@ class Log:
         self._chunks: list[tuple[int, FloatArray]] = []  # how many decode runs, and the gaps of their steps
         self._closed_runs = 0  # decode runs in these
         self._chunk_start_s = 0.0  # end of their last decode step
-        self._ends_s: list[FloatArray] = []  # of the steps of the decode runs that follow
-        self._open_steps = 0  # how many these are
+        self._step_end_s = array("d")  # of the decode runs that follow
         self._decode_steps, self._decode_batch, self._decode_stayed = Column(), Column(), Column()
         self._own_gap_s = Column()
         self._first_id, self._first_s = Column(), Column()
@@ -116,8 +115,7 @@ class Log:
         n, steps, joined = len(requests), record.steps, 0
         if requests != self._requests:
             joined = self._follow(requests, record.ends_s)
-        self._ends_s.append(record.ends_s)
-        self._open_steps += steps
+        self._step_end_s.frombytes(record.ends_s.tobytes())
         self._decode_steps.append(steps)
         self._decode_batch.append(n)
         self._decode_stayed.append(n - joined)
@@ -125,7 +123,7 @@ class Log:
         self.tokens += steps * n
         for request_id in record.finished:
             self._batch.discard(request_id)
-        if self._open_steps >= self._chunk_steps:
+        if len(self._step_end_s) >= self._chunk_steps:
             self._close_chunk()
 
     def _follow(self, requests: tuple[Request, ...], ends_s: FloatArray) -> int:
@@ -151,11 +149,10 @@ class Log:
         self._chunks.append((runs, _on_disk(self._open_gaps())))
         self._closed_runs += runs
         self._chunk_start_s = self._batch_s
-        self._ends_s, self._open_steps = [], 0
+        self._step_end_s = array("d")
 
     def _open_gaps(self) -> FloatArray:
-        self._ends_s = [np.concatenate([np.zeros(0), *self._ends_s])]
-        return np.diff(self._ends_s[0], prepend=self._chunk_start_s)
+        return np.diff(np.array(self._step_end_s, dtype=np.float64), prepend=self._chunk_start_s)
 
     def _append_prefill(self, record: StepRecord, end_s: float) -> None:
         """The end gives a token to each request whose prompt it completes."""

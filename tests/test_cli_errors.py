@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from closed_form_bench import ClosedFormBench, OpenClosedForm
@@ -169,7 +170,7 @@ def test_what_needs_something_is_a_command_with_that_option(capsys: pytest.Captu
         assert set(option[:1]) <= set(capsys.readouterr().out.split())
 
 
-def found(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert main(["doctor", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert isinstance(document, dict)
@@ -181,7 +182,7 @@ def test_doctor_on_a_machine_without_a_driver_says_why_nothing_can_be_partitione
 ) -> None:
     monkeypatch.setenv("SEMIPD_LIBCUDA", "libnone.so.1")
     document = found(capsys)
-    parts = {p["name"]: p for p in document["parts"]}  # type: ignore[attr-defined]
+    parts = {p["name"]: p for p in document["parts"]}
     assert document["driver"] is None
     assert document["devices"] == []
     assert parts["replay, compare, show, trace"]["runs"]
@@ -195,7 +196,7 @@ def test_doctor_on_a_machine_without_a_driver_says_why_nothing_can_be_partitione
 
 
 def test_doctor_speaks_of_every_command_but_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    spoken_of = {word for part in found(capsys)["parts"] for word in part["name"].split(", ")}  # type: ignore[attr-defined]
+    spoken_of = {word for part in found(capsys)["parts"] for word in part["name"].split(", ")}
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
     commands = {line.split()[0] for line in listed if not line.startswith("   ")}
@@ -213,7 +214,7 @@ def test_doctor_names_every_device_and_the_splits_it_can_have(
     assert [d["index"] for d in devices] == [0, 1]
     assert (devices[0]["sms"], devices[0]["minimum"], devices[0]["multiple"]) == (132, 8, 8)
     assert (devices[0]["fine_minimum"], devices[0]["fine_multiple"]) == (2, 2)
-    parts = {p["name"]: p for p in document["parts"]}  # type: ignore[attr-defined]
+    parts = {p["name"]: p for p in document["parts"]}
     assert parts["partition the SMs (from Python)"]["runs"]
     assert main(["doctor"]) == 0
     assert "132 SMs, splits of 8 or more in steps of 8" in " ".join(capsys.readouterr().out.split())

@@ -84,7 +84,7 @@ def model(**changed: list[PrefillPoint] | list[DecodePoint] | list[HybridPoint])
         "decode": decode_points([8, 16, 24, 32]),
         "hybrid": hybrid_points([8, 16, 24]),
     }
-    return TableCost(Tables.of(**(points | changed), device_sms=DEVICE, layers=LAYERS))  # type: ignore[arg-type]
+    return TableCost(Tables.of(**(points | changed), device_sms=DEVICE, layers=LAYERS))  # type: ignore[arg-type] # three kinds
 
 
 @pytest.fixture(scope="module")

@@ -322,14 +322,14 @@ def test_the_real_azure_trace_matches_a_plain_csv_reading() -> None:
     assert trace.output_len.tolist() == [int(r["GeneratedTokens"]) for r in rows]
 
 
-def test_the_real_azure_trace_is_read_in_under_a_second() -> None:
+def test_the_real_azure_trace_is_read_in_well_under_a_second() -> None:
     path = real(CONV)
     took_s = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # not what other processes take
         read_trace(path)
-        took_s.append(time.perf_counter() - start)
-    assert min(took_s) < 1
+        took_s.append(time.process_time() - start)
+    assert min(took_s) < 0.3
 
 
 @pytest.mark.parametrize(
