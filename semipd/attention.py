@@ -29,8 +29,11 @@ class AttentionPlan(Protocol):
         """Get ready for the layers of this batch, which go to the current stream. Does not wait for the device."""
         ...
 
-    def run(self, layer: int, q: Tensor) -> Tensor:
-        """Enqueue a layer: q [rows, query_heads, head_dim], whose keys are cached by now, gives the same shape."""
+    def run(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+        """Enqueue a layer: q [rows, query_heads, head_dim], whose keys are cached by now, gives the same shape.
+
+        ``out``: where to, if it matters.
+        """
         ...
 
 
@@ -97,10 +100,10 @@ class TorchPlan:
             )
             row, page = row + q_len, page + pages
 
-    def run(self, layer: int, q: Tensor) -> Tensor:
+    def run(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         """See ``AttentionPlan``."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         for rows, table, kv_len, seen in self._sequences:
             k, v = (x[table].flatten(0, 1)[:kv_len].transpose(0, 1) for x in (keys, values))
             attended = torch.nn.functional.scaled_dot_product_attention(
@@ -231,9 +234,10 @@ class FlashinferPrefill:
             data = torch.from_numpy(column.astype(np.int32)).view(torch.uint8).pin_memory()
             self._wrapper._int_workspace_buffer[offset : offset + len(data)].copy_(data, non_blocking=True)
 
-    def run(self, layer: int, q: Tensor) -> Tensor:
+    def run(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         """See ``AttentionPlan``."""
-        return self._wrapper.run(q, (self._cache.keys[layer], self._cache.values[layer]))
+        out = torch.empty_like(q) if out is None else out  # which flashinfer would fill with zeros first
+        return self._wrapper.run(q, (self._cache.keys[layer], self._cache.values[layer]), out=out)
 
 
 class FlashinferDecode:
@@ -258,6 +262,7 @@ class FlashinferDecode:
             q_data_type=getattr(torch, config.dtype),
         )
 
-    def run(self, layer: int, q: Tensor) -> Tensor:
+    def run(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         """See ``AttentionPlan``."""
-        return self._wrapper.run(q, (self._cache.keys[layer], self._cache.values[layer]))
+        out = torch.empty_like(q) if out is None else out  # which flashinfer would fill with zeros first
+        return self._wrapper.run(q, (self._cache.keys[layer], self._cache.values[layer]), out=out)

@@ -1,4 +1,4 @@
-"""A model made ready for the streams of a device: attention plans, and decode steps captured for every batch size."""
+"""A model made ready for the streams of a device: attention plans, and what is captured for every batch size."""
 
 from __future__ import annotations
 
@@ -6,33 +6,44 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from semipd.attention import Attention, AttentionPlan
 from semipd.core import Allocation, IntArray, Phase
-from semipd.model import Hidden, Model, Rows
+from semipd.model import Model, Rows
+from semipd.padding import MOST_PREFILL_ROWS, decode_rows, prefill_rows
 from semipd.paged_kv import Ragged
+from semipd.passes import EagerPass, PaddedPass, Pass, Pieces
 from semipd.torch_device import Device, Stream
-
-
-def bucket(sequences: int, most: int) -> int:
-    """Rows that a decode batch is padded to: 1, 2, 4, then multiples of 8, at most ``most``."""
-    return min(most, sequences if sequences <= 2 else 4 if sequences <= 4 else -(-sequences // 8) * 8)
 
 
 class Engine:
     """A model made ready to run on the streams of a device.
+
+    Args:
+        model: The model.
+        attention: Over the model's cache.
+        device: Where both are.
+        max_num_seqs: Most sequences of a decode batch.
+        captured_tokens: Most tokens of a prefill batch whose layers are captured.
 
     Attributes:
         decode_buffers: What a decode step reads: token ids, which it replaces by the next ones, positions and slots;
             int64 [max_num_seqs] each.
     """
 
-    def __init__(self, model: Model, attention: Attention, device: Device, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        attention: Attention,
+        device: Device,
+        max_num_seqs: int,
+        captured_tokens: int = MOST_PREFILL_ROWS,
+    ) -> None:
         self.model, self.device, self.max_num_seqs = model, device, max_num_seqs
         self._attention = attention
         tokens, positions, slots = (torch.zeros(max_num_seqs, dtype=torch.int64, device=device.name) for _ in range(3))
         self.decode_buffers = tokens, positions, slots
+        self._pieces = Pieces(model, device, captured_tokens)
         self._prefill_plans: dict[int, AttentionPlan] = {}
         self._mixed_plan: AttentionPlan | None = None
         self._decode_plans: dict[int, AttentionPlan] = {}
@@ -77,9 +88,9 @@ class Engine:
         tokens, positions, slots = (buffer[:rows] for buffer in self.decode_buffers)
 
         def step() -> None:
-            hidden, of = model.embed(tokens), Rows(positions, slots, plan)
+            hidden, of = model.embed(tokens), Rows(positions, slots)
             for layer in range(model.config.layers):
-                hidden = model.layer(layer, hidden, of)
+                hidden = model.layer(layer, hidden, of, plan)
             tokens.copy_(model.logits(hidden).argmax(dim=-1))
 
         if not self._attention.graphs:
@@ -100,23 +111,30 @@ class Engine:
     def prepare(self, at: Allocation, prefill_tokens: int) -> None:
         """See ``TorchExecutor.prepare``."""
         stream = self.device.stream(Phase.DECODE, at)
-        buckets = {bucket(n + 1, self.max_num_seqs) for n in range(self.max_num_seqs)}
-        for rows in sorted(buckets, reverse=True):  # the memory of the largest is enough for the others
+        sizes = {decode_rows(n + 1, self.max_num_seqs) for n in range(self.max_num_seqs)}
+        for rows in sorted(sizes, reverse=True):  # the memory of the largest is enough for the others
             self.decode_step(stream, rows)
+        stream = self.device.stream(Phase.PREFILL, at)
+        most = self._pieces.most
+        padded = {prefill_rows(n + 1, most) for n in range(min(prefill_tokens, most))}
+        for rows in sorted(padded, reverse=True):
+            self._pieces.of(stream, rows)
         longest = self.model.config.max_positions
         whole, rest = divmod(prefill_tokens, longest)
         batch = self._blank((longest,) * whole + ((rest,) if rest else ()))
-        with self.device.stream(Phase.PREFILL, at).use():
-            plan, (rows_of, hidden) = self.prefill_plan(at.prefill_sms), self.start_prefill(batch, batch.positions * 0)
+        with stream.use():
+            plan, begun = self.prefill_plan(at.prefill_sms), self.start_prefill(stream, batch, batch.positions * 0)
             plan.plan(batch)
-            hidden = self.model.layer(0, hidden, Rows(*rows_of, plan))
-            self.model.logits(hidden.take(self.device.upload(np.zeros(1, np.int64))))
+            for layer in range(self.model.config.layers):
+                begun.layer(layer, stream, plan)
+            self.model.logits(begun.hidden().take(self.device.upload(np.zeros(1, np.int64))))
         self.device.synchronize()
 
-    def start_prefill(self, batch: Ragged, tokens: IntArray) -> tuple[tuple[Tensor, Tensor], Hidden]:
-        """Positions and slots of a batch, and its state before the first layer, on the current stream."""
-        upload = self.device.upload
-        return (upload(batch.positions), upload(batch.slots)), self.model.embed(upload(tokens))
+    def start_prefill(self, stream: Stream, batch: Ragged, tokens: IntArray) -> Pass:
+        """The batch before its first layer, on the stream, which is current."""
+        if batch.rows > self._pieces.most:
+            return EagerPass(self.model, self.device, batch, tokens)
+        return PaddedPass(self._pieces, self.device, stream, batch, tokens)
 
     def close(self) -> None:
         """Wait for the device; drop graphs and plans."""
@@ -124,6 +142,7 @@ class Engine:
             self.device.synchronize()
         finally:
             self._decode_steps.clear()
+            self._pieces.clear()
             self._decode_plans.clear()
             self._prefill_plans.clear()
             self._mixed_plan = None

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from semipd.attention import AttentionPlan
 from semipd.core import Run
-from semipd.engine import Engine, bucket
+from semipd.engine import Engine
 from semipd.executor import finished_by_prefill, output_left
-from semipd.model import Hidden, Rows
+from semipd.padding import decode_rows
 from semipd.paged_kv import Ragged
+from semipd.passes import Pass
 from semipd.sequences import Sequences
 from semipd.torch_device import Mark, Stream
 
@@ -91,7 +92,7 @@ class PrefillBatch:
     def __init__(self, run: Run, layers: int) -> None:
         self.run = run
         self.layers = layers
-        self.started: tuple[tuple[Tensor, Tensor], Hidden] | None = None  # positions and slots, state
+        self.started: Pass | None = None
 
     def continued_by(self, run: Run) -> bool:
         """Whether a run does what is left."""
@@ -131,29 +132,29 @@ class PrefillFlight(Flight):
     def enqueue(self, step: int) -> Tensor | None:
         """See ``Flight``: a layer, at last with the first tokens."""
         model, batch = self._engine.model, self._batch
-        if step == 0:
-            self._begin()
-        (positions, slots), hidden = batch.started  # type: ignore[misc] # _begin started it
-        hidden = model.layer(model.config.layers - batch.layers, hidden, Rows(positions, slots, self._plan))
-        batch.started = (positions, slots), hidden
+        begun = (batch.started if step else None) or self._begin()
+        begun.layer(model.config.layers - batch.layers, self._stream, self._plan)
         batch.layers -= 1
         if batch.layers or self._emitting is None:
             return None
-        return self._engine.device.download(model.logits(hidden.take(self._emitting)).argmax(dim=-1))
+        return self._engine.device.download(model.logits(begun.hidden().take(self._emitting)).argmax(dim=-1))
 
-    def _begin(self) -> None:
+    def _begin(self) -> Pass:
         run, sequences, blocks = self.run, self._sequences, self._sequences.blocks
         for request, new, context in zip(run.requests, run.new_tokens, run.context_lens, strict=True):
             sequences.grow(request.id, context + new)
         tables = [blocks.of(request.id) for request in run.requests]
         ragged = Ragged.of(run.new_tokens, run.context_lens, tables, blocks.block_size)
         self._plan.plan(ragged)
-        if self._batch.started is None:
+        begun = self._batch.started
+        if begun is None:
             parts = zip(run.requests, run.new_tokens, run.context_lens, strict=True)
             tokens = [sequences.history(request).between(n, n + new) for request, new, n in parts]
-            self._batch.started = self._engine.start_prefill(ragged, np.concatenate(tokens))
+            begun = self._engine.start_prefill(self._stream, ragged, np.concatenate(tokens))
+            self._batch.started = begun
         last = (np.cumsum(ragged.q_lens) - 1)[list(run.emits)]
         self._emitting = self._engine.device.upload(last) if len(last) else None
+        return begun
 
     def sampled(self, tokens: list[int]) -> None:
         """See ``Flight``."""
@@ -197,7 +198,7 @@ class DecodeFlight(Flight):
     def __init__(self, engine: Engine, sequences: Sequences, run: Run, steps: int, now: Callable[[], float]) -> None:
         super().__init__(run, engine.device.stream(run.phase, run.allocation), steps, now)
         self._engine, self._sequences = engine, sequences
-        cache, rows = engine.model.cache, bucket(len(run.requests), engine.max_num_seqs)
+        cache, rows = engine.model.cache, decode_rows(len(run.requests), engine.max_num_seqs)
         self._step, self._plan = engine.decode_step(self._stream, rows), engine.decode_plan(rows)
         self._ids = [request.id for request in run.requests]
         self._kv_lens = np.ones(rows, np.int64)  # in the step to come

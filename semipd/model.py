@@ -55,7 +55,6 @@ class Rows:
 
     positions: Tensor
     slots: Tensor
-    attention: AttentionPlan
 
 
 @dataclass(eq=False)
@@ -82,20 +81,35 @@ class Model:
         """The state before the first layer, of int64 token ids [rows]."""
         return Hidden(torch.nn.functional.embedding(tokens, self.weights.embedding))
 
-    def layer(self, index: int, hidden: Hidden, rows: Rows) -> Hidden:
+    def layer(self, index: int, hidden: Hidden, rows: Rows, attention: AttentionPlan) -> Hidden:
         """The state after that layer, which writes the rows' keys and values to the cache."""
-        config, ops = self.config, self._ops
+        q, residual = self.before_attention(index, hidden, rows)
+        return self.after_attention(index, attention.run(index, q), residual)
+
+    def before_attention(self, index: int, hidden: Hidden, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Queries of that layer, [rows, query_heads, head_dim], and what it adds to in the end.
+
+        The rows' keys and values are in the cache then.
+        """
+        config = self.config
         kv_width = config.kv_heads * config.head_dim
         if config.attention_only:
             k, v = hidden.x[:, :kv_width], hidden.x[:, -kv_width:]
-            return Hidden(self._attend(index, hidden.x, k, v, rows))
+            return self._cached(index, hidden.x, k, v, rows), None
         w = self.weights.layers[index]
-        x, residual = ops.add_norm(hidden.x, hidden.residual, w.input_norm, config.norm_eps)
+        x, residual = self._ops.add_norm(hidden.x, hidden.residual, w.input_norm, config.norm_eps)
         q, k, v = torch.nn.functional.linear(x, w.qkv).split(
             (config.query_heads * config.head_dim, kv_width, kv_width), dim=-1
         )
-        x = torch.nn.functional.linear(self._attend(index, q, k, v, rows), w.o)
-        x, residual = ops.add_norm(x, residual, w.post_norm, config.norm_eps)
+        return self._cached(index, q, k, v, rows), residual
+
+    def after_attention(self, index: int, attended: Tensor, residual: Tensor | None) -> Hidden:
+        """The state after that layer, of what attention and ``before_attention`` gave; may reuse their memory."""
+        config, ops, x = self.config, self._ops, attended.flatten(1)
+        if config.attention_only:
+            return Hidden(x)
+        w = self.weights.layers[index]
+        x, residual = ops.add_norm(torch.nn.functional.linear(x, w.o), residual, w.post_norm, config.norm_eps)
         x = torch.nn.functional.linear(ops.silu_mul(torch.nn.functional.linear(x, w.gate_up)), w.down)
         return Hidden(x, residual)
 
@@ -106,7 +120,8 @@ class Model:
             x, _ = self._ops.add_norm(x, hidden.residual, self.weights.norm, self.config.norm_eps)
         return torch.nn.functional.linear(x, self.weights.head)
 
-    def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    def _cached(self, index: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+        """The queries, normed and rotated as the keys, which are written to the cache with the values."""
         config = self.config
         q, k, v = (x.unflatten(-1, (-1, config.head_dim)) for x in (q, k, v))
         if config.qk_norm:
@@ -115,7 +130,7 @@ class Model:
         if self._rope is not None:
             q, k = self._ops.rotate(q, k, rows.positions, self._rope)
         self.cache.write(index, rows.slots, k, v)
-        return rows.attention.run(index, q).flatten(1)
+        return q
 
 
 def rope_table(config: ModelConfig, device: str) -> Tensor:

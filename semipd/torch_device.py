@@ -39,8 +39,11 @@ class Stream(Protocol):
         """A mark behind all work enqueued so far."""
         ...
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Have the work done by one call that can be repeated on this stream; it is done once or more right now."""
+    def capture(self, work: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+        """Have the work done by one call that can be repeated on this stream; it may be done right now as well.
+
+        ``warm``: the same kernels have been enqueued here before.
+        """
         ...
 
 
@@ -92,8 +95,9 @@ class CpuStream:
         """See ``Stream``."""
         return CpuMark()
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
         """See ``Stream``: the work as it is."""
+        del warm
         return work
 
 
@@ -154,11 +158,12 @@ class CudaStream:
         """See ``Stream``."""
         return CudaMark(self._stream)
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See ``Stream``: a CUDA graph, which is bound to this stream's SMs. Waits for the stream."""
+    def capture(self, work: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+        """See ``Stream``: a CUDA graph, which is bound to this stream's SMs. Waits for the stream, unless ``warm``."""
         with self.use():
-            work()  # what allocates or compiles at first use cannot be captured
-            self._stream.synchronize()
+            if not warm:
+                work()  # what allocates or compiles at first use cannot be captured
+                self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -197,15 +202,16 @@ class CudaDevice:
     def __init__(self, bank: PartitionBank) -> None:
         torch.zeros(1, device="cuda")
         self._bank = bank
-        # One pool for all graphs: they are decode steps, of which no two run at the same time.
-        self._pool = torch.cuda.graph_pool_handle()
+        # One pool for all graphs of a phase, of which no two run at the same time.
+        self._decode_pool, self._prefill_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
         self._streams: dict[int, CudaStream] = {}
 
     def stream(self, phase: Phase, allocation: Allocation) -> Stream:
         """See ``Device`` and ``partition_of``."""
         handle = partition_of(self._bank, phase, allocation).stream
         if handle not in self._streams:
-            self._streams[handle] = CudaStream(handle, self._pool)
+            pool = self._decode_pool if phase is Phase.DECODE else self._prefill_pool
+            self._streams[handle] = CudaStream(handle, pool)
         return self._streams[handle]
 
     def upload(self, array: Any) -> Tensor:

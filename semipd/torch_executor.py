@@ -24,6 +24,7 @@ from semipd.flight import DecodeFlight, Flight, MixedFlight, PrefillBatch, Prefi
 from semipd.model import Model, load_weights, random_weights
 from semipd.model_config import DTYPE_BYTES, ModelConfig
 from semipd.ops import FlashinferOps, TorchOps
+from semipd.padding import MOST_PREFILL_ROWS
 from semipd.paged_kv import BlockMap, PagedKvCache
 from semipd.sequences import Prompts, Sequences, random_prompts
 from semipd.torch_device import CpuDevice, CudaDevice, Device
@@ -40,6 +41,7 @@ def open_executor(
     block_size: int = 16,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8192,
+    captured_tokens: int = MOST_PREFILL_ROWS,
     gpu_memory_utilization: float = 0.9,
     step_sms: int = 8,
     prefill_sms: Sequence[int] | None = None,
@@ -58,6 +60,7 @@ def open_executor(
         block_size: Tokens of a KV block.
         max_num_seqs: Most sequences of a decode run.
         max_num_batched_tokens: Most tokens of a prefill run, for which memory is left.
+        captured_tokens: See ``TorchExecutor``.
         gpu_memory_utilization: Share of the device's memory that may be used.
         step_sms: Sizes of the partitions, see ``PartitionBank``.
         prefill_sms: Or a list of them.
@@ -97,6 +100,7 @@ def open_executor(
             attention,
             on,
             max_num_seqs=max_num_seqs,
+            captured_tokens=captured_tokens,
             prompts=prompts or random_prompts(config.vocab_size, seed),
             blank_context=blank_context,
         )
@@ -157,6 +161,7 @@ class TorchExecutor:
         attention: How attention is computed; over the same cache.
         device: Where the model is.
         max_num_seqs: Most sequences of a decode run.
+        captured_tokens: Most tokens of a prefill batch whose layers are captured (``semipd.passes``).
         prompts: Prompts; random ones by default.
         blank_context: Whether cached tokens need not have been computed: to measure a shape without its history.
             What was never written is random, or another sequence's; unknown tokens are token 0.
@@ -169,11 +174,12 @@ class TorchExecutor:
         device: Device,
         *,
         max_num_seqs: int = 256,
+        captured_tokens: int = MOST_PREFILL_ROWS,
         prompts: Prompts | None = None,
         blank_context: bool = False,
     ) -> None:
         config, cache = model.config, model.cache
-        self.engine = Engine(model, attention, device, max_num_seqs)
+        self.engine = Engine(model, attention, device, max_num_seqs, captured_tokens)
         self.sequences = Sequences(
             BlockMap(cache.num_blocks, cache.block_size),
             prompts or random_prompts(config.vocab_size),

@@ -72,10 +72,10 @@ def logits(config: ModelConfig, weights: Weights, tokens: list[int], cuts: list[
     for stop in [*cuts, len(tokens)]:
         batch = Ragged.of((stop - start,), (start,), [table], block_size)
         plan.plan(batch)
-        at = Rows(torch.from_numpy(batch.positions), torch.from_numpy(batch.slots), plan)
+        at = Rows(torch.from_numpy(batch.positions), torch.from_numpy(batch.slots))
         hidden = model.embed(torch.tensor(tokens[start:stop]))
         for layer in range(config.layers):
-            hidden = model.layer(layer, hidden, at)
+            hidden = model.layer(layer, hidden, at, plan)
         rows.append(model.logits(hidden))
         start = stop
     return torch.cat(rows)

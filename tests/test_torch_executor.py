@@ -31,9 +31,9 @@ from lagging_device import LaggingDevice  # noqa: E402 - after the check for tor
 from plain_forward import plain_tokens  # noqa: E402
 
 from semipd.attention import TorchAttention, TorchPlan  # noqa: E402
-from semipd.engine import bucket  # noqa: E402
 from semipd.flight import LOOK_AHEAD  # noqa: E402
 from semipd.model import Model, Weights, random_weights  # noqa: E402
+from semipd.padding import decode_rows, prefill_rows  # noqa: E402
 from semipd.paged_kv import PagedKvCache, Ragged  # noqa: E402
 from semipd.sequences import random_prompts  # noqa: E402
 from semipd.torch_device import CpuDevice, Device, partition_of  # noqa: E402
@@ -69,12 +69,12 @@ def alone(name: str, request_id: int, prompt_len: int) -> list[int]:
 
 def executor_of(
     num_blocks: int, block_size: int = 4, *, name: str = "llama", device: Device | None = None, max_num_seqs: int = 8,
-    blank_context: bool = False, prompts: Callable[[Request], IntArray] | None = None,
+    captured_tokens: int = 2048, blank_context: bool = False, prompts: Callable[[Request], IntArray] | None = None,
 ) -> TorchExecutor:  # fmt: skip
     kv = PagedKvCache(MODELS[name], num_blocks, block_size, "cpu")
     return TorchExecutor(
         Model(MODELS[name], weights(name), kv), TorchAttention(kv), device or CpuDevice(),
-        max_num_seqs=max_num_seqs, blank_context=blank_context, prompts=prompts,
+        max_num_seqs=max_num_seqs, captured_tokens=captured_tokens, blank_context=blank_context, prompts=prompts,
     )  # fmt: skip
 
 
@@ -129,7 +129,8 @@ def test_law_11_scheduling_never_changes_a_generated_token(data: st.DataObject) 
     )
     lags = draw(st.none() | st.tuples(st.integers(1, 6), st.integers(1, 6)))
     device = CpuDevice() if lags is None else LaggingDevice(*lags)
-    executor = executor_of(config.num_blocks, block_size, name=name, device=device)
+    captured = draw(st.sampled_from([0, 5, 20]))
+    executor = executor_of(config.num_blocks, block_size, name=name, device=device, captured_tokens=captured)
     scheduler, records = serve(requests, config, draw(st.sampled_from(POLICIES)), executor)
     finished = [request_id for record in records for request_id in record.finished]
     dropped = [request.id for request, _ in scheduler.dropped]
@@ -433,11 +434,17 @@ def test_preparing_leaves_no_trace() -> None:
     assert list(executor.tokens(0)) == alone("llama", 0, 6)
 
 
-def test_buckets_hold_every_batch_with_few_rows_to_spare() -> None:
+def test_padded_batches_have_few_rows_to_spare() -> None:
     for n in range(1, 300):
-        assert n <= bucket(n, 300) <= max(n + 7, 4)
-        assert bucket(n, n) == n
-    assert len({bucket(n, 256) for n in range(1, 257)}) == 35
+        assert n <= decode_rows(n, 300) <= max(n + 7, 4)
+        assert decode_rows(n, n) == n
+    assert len({decode_rows(n, 256) for n in range(1, 257)}) == 35
+    for n in range(1, 2049):
+        assert n <= prefill_rows(n) < n + max(16, n / 4)
+        assert prefill_rows(prefill_rows(n)) == prefill_rows(n)
+        assert prefill_rows(n, n) == n
+    assert len({prefill_rows(n) for n in range(1, 2049)}) == 24
+    assert prefill_rows(2049) == 2049
 
 
 @pytest.mark.usefixtures("fake_cuda")

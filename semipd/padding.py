@@ -1,0 +1,22 @@
+"""To how many rows batches are padded: CUDA graphs have one size each."""
+
+from __future__ import annotations
+
+MOST_PREFILL_ROWS = 2048
+"""Of a prefill batch whose layers are captured; a larger one keeps the device busy while the host launches kernels."""
+
+
+def decode_rows(sequences: int, most: int) -> int:
+    """Rows of a decode batch: 1, 2, 4, then multiples of 8, at most ``most``."""
+    return min(most, sequences if sequences <= 2 else 4 if sequences <= 4 else -(-sequences // 8) * 8)
+
+
+def prefill_rows(tokens: int, most: int = MOST_PREFILL_ROWS) -> int:
+    """Rows of a prefill batch: multiples of 16 up to 128, then of an eighth of the next power of two.
+
+    More than ``most`` tokens are not padded.
+    """
+    if tokens > most:
+        return tokens
+    step = max(16, (1 << (tokens - 1).bit_length()) // 8)
+    return min(most, -(-tokens // step) * step)
