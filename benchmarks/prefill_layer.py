@@ -53,6 +53,10 @@ def main(
 ) -> None:
     """Print a line for every batch and partition."""
     config = load(model, ModelConfig)
+    if config.layers < 3:
+        raise typer.BadParameter(
+            f"{model}: layers: found {config.layers}; expected at least 3, of which the inner ones are timed"
+        )
     where: Literal["cuda", "cpu"] = "cuda" if device == "cuda" else "cpu"
     whole = torch.cuda.get_device_properties("cuda").multi_processor_count if where == "cuda" else 132
     found = {}
