@@ -86,10 +86,12 @@ class Model:
         q, residual = self.before_attention(index, hidden, rows)
         return self.after_attention(index, attention.run(index, q), residual)
 
-    def before_attention(self, index: int, hidden: Hidden, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def before_attention(
+        self, index: int, hidden: Hidden, rows: Rows, qkv: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Queries of that layer, [rows, query_heads, head_dim], and what it adds to in the end.
 
-        The rows' keys and values are in the cache then.
+        The rows' keys and values are in the cache then. ``qkv``: memory that may be used, [rows, all heads' width].
         """
         config = self.config
         kv_width = config.kv_heads * config.head_dim
@@ -98,9 +100,8 @@ class Model:
             return self._cached(index, hidden.x, k, v, rows), None
         w = self.weights.layers[index]
         x, residual = self._ops.add_norm(hidden.x, hidden.residual, w.input_norm, config.norm_eps)
-        q, k, v = torch.nn.functional.linear(x, w.qkv).split(
-            (config.query_heads * config.head_dim, kv_width, kv_width), dim=-1
-        )
+        projected = torch.mm(x, w.qkv.t(), out=qkv)
+        q, k, v = projected.split((config.query_heads * config.head_dim, kv_width, kv_width), dim=-1)
         return self._cached(index, q, k, v, rows), residual
 
     def after_attention(self, index: int, attended: Tensor, residual: Tensor | None) -> Hidden:

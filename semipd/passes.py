@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from semipd.attention import AttentionPlan
 from semipd.core import IntArray
@@ -67,9 +68,10 @@ class Pieces:
         self.x, self.residual = (
             torch.zeros(most, config.hidden_size, dtype=dtype, device=device.name) for _ in range(2)
         )
-        self.q, self.attended = (
-            torch.zeros(most, config.query_heads, config.head_dim, dtype=dtype, device=device.name) for _ in range(2)
-        )
+        heads = config.query_heads
+        self._qkv = torch.zeros(most, heads + 2 * config.kv_heads, config.head_dim, dtype=dtype, device=device.name)
+        self.q = self._qkv[:, :heads]
+        self.attended = torch.zeros(most, heads, config.head_dim, dtype=dtype, device=device.name)
         self._captured: dict[tuple[Stream, int], list[Callable[[], None]]] = {}
 
     def of(self, stream: Stream, rows: int) -> list[Callable[[], None]]:
@@ -86,15 +88,15 @@ class Pieces:
 
     def _capture(self, stream: Stream, rows: int) -> list[Callable[[], None]]:
         cache, layers = self.model.cache, self.model.config.layers
-        held = [buffer[:rows] for buffer in (self.tokens, self.positions, self.slots, self.x, self.residual)]
+        buffers = (self.tokens, self.positions, self.slots, self.x, self.residual, self._qkv)
+        held = [buffer[:rows] for buffer in buffers]
         kept = [buffer.clone() for buffer in held]  # a batch may be on its way
-        queries = self.q[:rows].clone()
         self.tokens[:rows].zero_()
         self.positions[:rows].zero_()
         self.slots[:rows].fill_(cache.scratch * cache.block_size)
         # Those between have the kernels of the second one.
         pieces = [stream.capture(self._piece(i, rows), warm=1 < i < layers) for i in range(layers + 1)]
-        for buffer, values in zip((*held, self.q[:rows]), (*kept, queries), strict=True):
+        for buffer, values in zip(held, kept, strict=True):
             buffer.copy_(values)
         return pieces
 
@@ -108,15 +110,22 @@ class Pieces:
                 # Attention alone has no residual, and leaves the buffer as it is.
                 hidden = model.after_attention(index - 1, self.attended[:rows], residual_of)
             if index < model.config.layers:
-                q, residual = model.before_attention(index, hidden, Rows(self.positions[:rows], self.slots[:rows]))
-                self.q[:rows].copy_(q)
+                of = Rows(self.positions[:rows], self.slots[:rows])
+                q, residual = model.before_attention(index, hidden, of, self._qkv[:rows].flatten(1))
+                _keep(self.q[:rows], q)
             else:
                 residual = hidden.residual
-                self.x[:rows].copy_(hidden.x)
-            if residual is not None and residual.data_ptr() != residual_of.data_ptr():
-                residual_of.copy_(residual)
+                _keep(self.x[:rows], hidden.x)
+            if residual is not None:
+                _keep(residual_of, residual)
 
         return piece
+
+
+def _keep(buffer: Tensor, values: Tensor) -> None:
+    """Copy the values to where they are to be, unless they are there."""
+    if values.data_ptr() != buffer.data_ptr():
+        buffer.copy_(values)
 
 
 class PaddedPass:
