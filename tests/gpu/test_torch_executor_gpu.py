@@ -37,7 +37,8 @@ MODEL = ModelConfig(
     rope_theta=1e4, max_positions=4096, qk_norm=True,
 )  # fmt: skip
 TIE = 0.1  # of logits with a standard deviation of 1
-SIZES = [32, 64, 96]
+SIZES = [32, 64, 96, 128]
+POLICIES = ("exclusive", *(f"static-{n}" for n in SIZES), "capped-64", "priority", "chunked-100", "adaptive")
 
 
 @pytest.fixture(autouse=True)
@@ -128,12 +129,12 @@ def executor() -> Iterator[TorchExecutor]:
         yield opened
 
 
-@pytest.mark.parametrize("policy", ["exclusive", *(f"static-{n}" for n in SIZES)])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_law_11_tokens_are_the_likeliest_of_a_plain_forward_pass_up_to_ties(
     policy: str, executor: TorchExecutor
 ) -> None:
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
-    cost = ConstantCost(1e-3, 1e-3, layers=MODEL.layers, device_sms=sms)
+    cost = ConstantCost(1e-3, 1e-3, layers=MODEL.layers, device_sms=sms, granularity_sms=32)
     config = SchedulerConfig(num_blocks=64, max_num_seqs=16, max_num_batched_tokens=150, watermark=0.0)
     scheduler = Scheduler(config, make_policy(policy, cost, Slo(1, 1)), device_sms=sms, layers=MODEL.layers)
     executor.follow(scheduler.blocks.tokens)
@@ -154,6 +155,22 @@ def test_law_11_tokens_are_the_likeliest_of_a_plain_forward_pass_up_to_ties(
         assert float(behind.max()) < TIE
         exact += int((behind == 0).sum())
     assert exact > 0.9 * sum(request.output_len for request in requests)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_captured_layers_and_launched_ones_choose_the_same_token_up_to_ties(tokens: int) -> None:
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    at, chosen = Allocation(Mode.EXCLUSIVE, sms, sms), []
+    request = Request(7, 0.0, tokens, 1)
+    for captured_tokens in (0, 512):
+        with open_executor(MODEL, device="cuda", num_blocks=64, captured_tokens=captured_tokens) as opened:
+            for run_id in (1, 2):  # the second time by what the first one captured
+                opened.launch(Run(run_id, Phase.PREFILL, (request,), (tokens,), (0,), sms, MODEL.layers, at, (True,)))
+                opened.wait(None)
+                chosen.append(opened.tokens(request.id)[0])
+            prompt = random_prompts(MODEL.vocab_size)(request).tolist()
+            logits = plain_logits(MODEL, opened.engine.model.weights, prompt)[-1]
+    assert all(float(logits.max() - logits[token]) < TIE for token in chosen)
 
 
 def test_a_yield_takes_effect_within_the_look_ahead(executor: TorchExecutor) -> None:
