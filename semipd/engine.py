@@ -28,7 +28,8 @@ class Engine:
 
     Attributes:
         decode_buffers: What a decode step reads: token ids, which it replaces by the next ones, positions and slots;
-            int64 [max_num_seqs] each.
+            int64 [3, max_num_seqs].
+        decode_staging: What they are copied from, on the host.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class Engine:
     ) -> None:
         self.model, self.device, self.max_num_seqs = model, device, max_num_seqs
         self._attention = attention
-        tokens, positions, slots = (torch.zeros(max_num_seqs, dtype=torch.int64, device=device.name) for _ in range(3))
-        self.decode_buffers = tokens, positions, slots
+        self.decode_buffers = torch.zeros(3, max_num_seqs, dtype=torch.int64, device=device.name)
+        self.decode_staging = device.staging(3, max_num_seqs)
         self._pieces = Pieces(model, device, captured_tokens)
         self._prefill_plans: dict[int, AttentionPlan] = {}
         self._mixed_plan: AttentionPlan | None = None
@@ -85,7 +86,7 @@ class Engine:
         model = self.model
         with stream.use():  # on which what the plan is made of is ready then
             plan = self.decode_plan(rows)
-        tokens, positions, slots = (buffer[:rows] for buffer in self.decode_buffers)
+        tokens, positions, slots = self.decode_buffers[:, :rows]
 
         def step() -> None:
             hidden, of = model.embed(tokens), Rows(positions, slots)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from semipd.attention import AttentionPlan
-from semipd.core import Run
+from semipd.core import IntArray, Run
 from semipd.engine import Engine
-from semipd.executor import finished_by_prefill, output_left
+from semipd.executor import finished_by_prefill
 from semipd.padding import decode_rows
-from semipd.paged_kv import Ragged
+from semipd.paged_kv import NO_BLOCKS, Ragged
 from semipd.passes import Pass
 from semipd.sequences import Sequences
 from semipd.torch_device import Mark, Stream
@@ -193,57 +193,66 @@ class MixedFlight(PrefillFlight):
 
 
 class DecodeFlight(Flight):
-    """Steps of one batch, padded to its bucket with rows that write to the scratch block."""
+    """Steps of one batch, padded to its bucket with rows that write to the scratch block.
 
-    def __init__(self, engine: Engine, sequences: Sequences, run: Run, steps: int, now: Callable[[], float]) -> None:
-        super().__init__(run, engine.device.stream(run.phase, run.allocation), steps, now)
-        self._engine, self._sequences = engine, sequences
-        cache, rows = engine.model.cache, decode_rows(len(run.requests), engine.max_num_seqs)
+    Args:
+        left: Tokens of output that each sequence has yet to get.
+    """
+
+    def __init__(
+        self, engine: Engine, sequences: Sequences, run: Run, left: Sequence[int], now: Callable[[], float]
+    ) -> None:
+        super().__init__(run, engine.device.stream(run.phase, run.allocation), min(run.max_steps, *left), now)
+        self._engine, self._sequences, self._left = engine, sequences, left
+        n = len(run.requests)
+        rows = decode_rows(n, engine.max_num_seqs)
         self._step, self._plan = engine.decode_step(self._stream, rows), engine.decode_plan(rows)
         self._ids = [request.id for request in run.requests]
-        self._kv_lens = np.ones(rows, np.int64)  # in the step to come
-        self._kv_lens[: len(self._ids)] = np.array(run.context_lens) + 1
-        self._pages = np.zeros(rows, np.int64)  # that are in the table
-        self._table = np.full((rows, 1), cache.scratch)  # block ids
+        self._histories = [sequences.history(request) for request in run.requests]
+        self._cached, self._ones = np.array(run.context_lens), np.ones(rows, np.int64)
+        # No step in flight has anything left to copy from here: the run before has been seen to end.
+        self._inputs = engine.decode_staging.numpy()[:, :rows]
+        self._inputs[:, n:] = 0
+        self._next_tokens = engine.decode_buffers[0, :n]
+        scratch = np.array([engine.model.cache.scratch])
+        self._tables = [sequences.blocks.of(i) for i in self._ids] + [scratch] * (rows - n)
+        self._pages = np.array([len(table) for table in self._tables])
+        self._blocks = NO_BLOCKS  # of all tables
         self._tokens: list[list[int]] = []
         self._planned: Mark | None = None
 
     def ready(self) -> bool:
-        """See ``Flight``: what the last step's plan was copied from is free again."""
+        """See ``Flight``: what the last step and its plan were copied from is free again."""
         return self._planned is None or self._planned.reached()
 
     def enqueue(self, step: int) -> Tensor:
         """See ``Flight``: a token for every sequence."""
-        device, n = self._engine.device, len(self._ids)
-        buffers = self._engine.decode_buffers
-        batch = self._next_batch()
+        n, engine = len(self._ids), self._engine
+        tokens, positions, slots = self._inputs
+        np.add(self._cached, step, out=positions[:n])
+        batch = self._next_batch(positions + 1)
+        slots[:] = batch.blocks[batch.page_indptr[1:] - 1] * batch.block_size + positions % batch.block_size
         if step == 0:
-            parts = zip(self.run.requests, self.run.context_lens, strict=True)
-            tokens = [self._sequences.history(request).between(cached, cached + 1) for request, cached in parts]
-            buffers[0][:n].copy_(device.upload(np.concatenate(tokens)))
-        for buffer, values in zip(buffers[1:], (batch.positions, batch.slots), strict=True):
-            buffer[: len(values)].copy_(device.upload(values))
+            each = zip(self._histories, self.run.context_lens, strict=True)
+            tokens[:n] = [history.token(cached) for history, cached in each]
+        new = slice(min(step, 1), None)  # a step leaves the next tokens on the device
+        engine.decode_buffers[new].copy_(engine.decode_staging[new], non_blocking=True)
         self._plan.plan(batch)
         self._planned = self._stream.mark()
         self._step()
-        self._kv_lens[:n] += 1
-        return device.download(buffers[0][:n])
+        return engine.device.download(self._next_tokens)
 
-    def _next_batch(self) -> Ragged:
-        """The batch in the step to come, its sequences having the blocks for it."""
-        n, blocks = len(self._ids), self._sequences.blocks
-        pages = -(-self._kv_lens // blocks.block_size)
-        if pages.max() > self._table.shape[1]:
-            wider = np.full((len(self._table), 2 * pages.max()), self._engine.model.cache.scratch)
-            wider[:, : self._table.shape[1]] = self._table
-            self._table = wider
-        for i in np.flatnonzero(pages[:n] > self._pages[:n]):
-            self._sequences.grow(self._ids[i], int(self._kv_lens[i]))
-            self._table[i, self._pages[i] : pages[i]] = blocks.of(self._ids[i])[self._pages[i] : pages[i]]
-        self._pages = pages
-        mine = np.arange(self._table.shape[1]) < pages[:, None]
-        ones = np.ones(len(pages), np.int64)
-        return Ragged(ones, self._kv_lens.copy(), self._table[mine], blocks.block_size)
+    def _next_batch(self, kv_lens: IntArray) -> Ragged:
+        """The batch with so many tokens of each sequence, which have the blocks for them."""
+        sequences, size = self._sequences, self._sequences.blocks.block_size
+        pages = -(-kv_lens // size)
+        changed = np.flatnonzero(pages != self._pages).tolist()
+        for i in changed:
+            sequences.grow(self._ids[i], int(kv_lens[i]))
+            self._tables[i] = sequences.blocks.of(self._ids[i])[: pages[i]]
+        if changed or not len(self._blocks):
+            self._pages, self._blocks = pages, np.concatenate(self._tables)
+        return Ragged(self._ones, kv_lens, self._blocks, size)
 
     def sampled(self, tokens: list[int]) -> None:
         """See ``Flight``."""
@@ -251,14 +260,9 @@ class DecodeFlight(Flight):
 
     def complete(self) -> tuple[int, ...]:
         """See ``Flight``."""
-        run, finished = self.run, []
         steps = len(self._tokens)
-        left = output_left(run)
         columns = zip(*self._tokens, strict=True)
-        for request, cached, wanted, tokens in zip(run.requests, run.context_lens, left, columns, strict=True):
-            history = self._sequences.history(request)
+        for history, cached, tokens in zip(self._histories, self.run.context_lens, columns, strict=True):
             history.cached = cached + steps
             history.add(cached + 1, tokens)
-            if wanted == steps:
-                finished.append(request.id)
-        return tuple(finished)
+        return tuple([i for i, left in zip(self._ids, self._left, strict=True) if left == steps])

@@ -5,8 +5,9 @@ The scheduler counts blocks (``BlockManager``); here they get numbers. PagedAtte
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,29 +16,31 @@ from torch import Tensor
 from semipd.core import IntArray
 from semipd.model_config import ModelConfig
 
+NO_BLOCKS: IntArray = np.empty(0, np.int64)
+
 
 class BlockMap:
-    """Hands out the blocks 0 to ``num_blocks`` - 1; those given back last go first."""
+    """Hands out the blocks 0 to ``num_blocks`` - 1; those given back last go first.
+
+    Attributes:
+        free: Blocks that no sequence has.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._held: dict[int, list[int]] = {}
-
-    @property
-    def free(self) -> int:
-        """Blocks that no sequence has."""
-        return len(self._free)
+        self.free = num_blocks
+        self._free = np.arange(num_blocks)[::-1].copy()  # a stack, of which the first ``free`` are there
+        self._held: dict[int, IntArray] = {}
 
     @property
     def sequences(self) -> tuple[int, ...]:
         """Those that have blocks."""
         return tuple(self._held)
 
-    def of(self, sequence: int) -> list[int]:
-        """Its blocks, in order of its tokens; not to be changed."""
-        return self._held.get(sequence, [])
+    def of(self, sequence: int) -> IntArray:
+        """Its blocks, in order of its tokens; the array is never changed."""
+        return self._held.get(sequence, NO_BLOCKS)
 
     def missing(self, sequence: int, tokens: int) -> int:
         """Blocks that it would take for the sequence to have room for so many tokens."""
@@ -45,16 +48,21 @@ class BlockMap:
 
     def grow(self, sequence: int, tokens: int) -> None:
         """Give it room for so many tokens. Raises RuntimeError when too few blocks are free."""
-        missing = self.missing(sequence, tokens)
-        if missing > len(self._free):
-            raise RuntimeError(f"sequence {sequence} needs {missing} KV blocks more, {len(self._free)} are free")
-        held = self._held.setdefault(sequence, [])
-        for _ in range(missing):
-            held.append(self._free.pop())
+        held = self.of(sequence)
+        missing = -(-tokens // self.block_size) - len(held)
+        if missing <= 0:
+            return
+        if missing > self.free:
+            raise RuntimeError(f"sequence {sequence} needs {missing} KV blocks more, {self.free} are free")
+        more = self._free[self.free - missing : self.free][::-1]
+        self._held[sequence] = np.concatenate((held, more))
+        self.free -= missing
 
     def release(self, sequence: int) -> None:
         """Take back all that it has, which may be nothing."""
-        self._free += reversed(self._held.pop(sequence, []))
+        held = self._held.pop(sequence, NO_BLOCKS)
+        self._free[self.free : self.free + len(held)] = held[::-1]
+        self.free += len(held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +79,9 @@ class Ragged:
     block_size: int
 
     @staticmethod
-    def of(new_tokens: Iterable[int], context_lens: Iterable[int], tables: list[list[int]], size: int) -> Ragged:
+    def of(
+        new_tokens: Iterable[int], context_lens: Iterable[int], tables: Iterable[IntArray | Sequence[int]], size: int
+    ) -> Ragged:
         """From what each sequence adds and has, and its blocks, of which there may be more than it needs."""
         q_lens = np.fromiter(new_tokens, np.int64)
         kv_lens = np.fromiter(context_lens, np.int64) + q_lens
@@ -79,10 +89,22 @@ class Ragged:
         blocks = np.concatenate([np.array(table[:n], np.int64) for table, n in zip(tables, pages, strict=True)])
         return Ragged(q_lens, kv_lens, blocks, size)
 
-    @property
+    @cached_property
     def pages(self) -> IntArray:
         """Blocks of each sequence, shape [sequences]."""
         return -(-self.kv_lens // self.block_size)
+
+    @cached_property
+    def page_indptr(self) -> IntArray:
+        """Where in ``blocks`` each sequence's start, and where the last one's end, shape [sequences + 1]."""
+        indptr = np.zeros(len(self.pages) + 1, np.int64)
+        np.cumsum(self.pages, out=indptr[1:])
+        return indptr
+
+    @property
+    def last_page_lens(self) -> IntArray:
+        """Tokens in each sequence's last block, shape [sequences]."""
+        return (self.kv_lens - 1) % self.block_size + 1
 
     @property
     def rows(self) -> int:
@@ -99,8 +121,8 @@ class Ragged:
     @property
     def slots(self) -> IntArray:
         """Where each new token goes in the cache, ``block * block_size + offset``, shape [rows]."""
-        positions, pages = self.positions, self.pages
-        first = np.repeat(np.cumsum(pages) - pages, self.q_lens)
+        positions = self.positions
+        first = np.repeat(self.page_indptr[:-1], self.q_lens)
         blocks: IntArray = self.blocks[first + positions // self.block_size]
         return blocks * self.block_size + positions % self.block_size
 

@@ -47,6 +47,11 @@ class History:
             return np.array(self.generated[start - own : stop - own], np.int64)
         return np.concatenate((self.prompt[start:], np.array(self.generated[: stop - own], np.int64)))
 
+    def token(self, position: int) -> int:
+        """Token id of this position."""
+        own = len(self.prompt)
+        return self.generated[position - own] if position >= own else int(self.prompt[position])
+
     def add(self, position: int, tokens: Iterable[int]) -> None:
         """Tokens generated from that position on."""
         self.generated[position - len(self.prompt) :] = tokens
@@ -75,7 +80,8 @@ class Sequences:
 
     def history(self, request: Request) -> History:
         """Its tokens so far. Raises ValueError when its prompt has not ``prompt_len`` tokens of the vocabulary."""
-        if request.id not in self._histories:
+        history = self._histories.get(request.id)
+        if history is None:
             prompt = np.asarray(self._prompts(request), np.int64)
             if prompt.shape != (request.prompt_len,) or prompt.min() < 0 or prompt.max() >= self._vocab_size:
                 raise ValueError(
@@ -84,7 +90,7 @@ class Sequences:
                 )
             history = self._histories[request.id] = History(prompt)
             self.generated[request.id] = history.generated
-        return self._histories[request.id]
+        return history
 
     def check(self, run: Run) -> None:
         """Take back the blocks of those prefilled from their start; ValueError when one has not what the run says."""
@@ -92,9 +98,11 @@ class Sequences:
             history = self.history(request)
             if context == 0:
                 self._take_back(request.id)
+            if context == history.cached and context + new <= history.known:
+                continue
             if self._blank_context:
                 history.generated += [0] * (context + new - history.known)
-            elif context != history.cached or context + new > history.known:
+            else:
                 raise ValueError(
                     f"{run.phase.value} run {run.id}: request {request.id}: found {context} cached tokens and {new} "
                     f"new ones; expected {history.cached} cached of {history.known}"

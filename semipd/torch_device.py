@@ -60,6 +60,10 @@ class Device(Protocol):
         """A copy of a numpy array on the device, made on the current stream without waiting."""
         ...
 
+    def staging(self, *shape: int) -> Tensor:
+        """Int64 zeros on the host, to be copied to the device again and again, without waiting."""
+        ...
+
     def download(self, tensor: Tensor) -> Tensor:
         """A copy on the host, to be read once a later mark of the current stream is reached."""
         ...
@@ -117,6 +121,10 @@ class CpuDevice:
     def upload(self, array: Any) -> Tensor:
         """See ``Device``."""
         return torch.tensor(array)
+
+    def staging(self, *shape: int) -> Tensor:
+        """See ``Device``."""
+        return torch.zeros(shape, dtype=torch.int64)
 
     def download(self, tensor: Tensor) -> Tensor:
         """See ``Device``."""
@@ -217,6 +225,10 @@ class CudaDevice:
     def upload(self, array: Any) -> Tensor:
         """See ``Device``: by way of pinned memory, which torch reuses only after the copy."""
         return torch.from_numpy(array).pin_memory().to("cuda", non_blocking=True)
+
+    def staging(self, *shape: int) -> Tensor:
+        """See ``Device``; pinned."""
+        return torch.zeros(shape, dtype=torch.int64, pin_memory=True)
 
     def download(self, tensor: Tensor) -> Tensor:
         """See ``Device``; to pinned memory."""

@@ -242,9 +242,9 @@ class TorchExecutor:
                 raise ValueError(
                     f"decode run {run.id}: {len(run.requests)} sequences; expected at most {self.engine.max_num_seqs}"
                 )
-            steps = min(run.max_steps, *output_left(run))
+            left = output_left(run)
             self.sequences.check(run)
-            self._decode = DecodeFlight(self.engine, self.sequences, run, steps, self.now)
+            self._decode = DecodeFlight(self.engine, self.sequences, run, left, self.now)
 
     def _launch_prefill(self, run: Run) -> None:
         batch = self._stopped

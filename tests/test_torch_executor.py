@@ -5,6 +5,7 @@ What drives a GPU is tested on a CPU that lags behind like one (``lagging_device
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -423,6 +424,33 @@ def test_a_decode_step_is_planned_when_what_the_last_plan_was_copied_from_is_fre
     do(executor, prefill(1, request))
     do(executor, decode(2, request))
     assert list(executor.tokens(0)) == alone("llama", 0, 6)
+
+
+def test_a_decode_step_reads_the_blocks_that_its_tokens_are_in_and_no_others() -> None:
+    """Also of a sequence that has more, and those that it got on the way."""
+    found: list[Ragged] = []
+
+    class Kept(TorchPlan):
+        def plan(self, batch: Ragged) -> None:
+            found.append(batch)
+            super().plan(batch)
+
+    class Attention(TorchAttention):
+        def decode(self, rows: int) -> Kept:
+            del rows
+            return Kept(kv)
+
+    kv = PagedKvCache(TINY, 40, 4, "cpu")
+    model = Model(TINY, weights("llama"), kv)
+    executor = TorchExecutor(model, Attention(kv), CpuDevice(), max_num_seqs=8, blank_context=True)
+    requests = [Request(i, 0.0, 3 * i + 1, 30) for i in range(3)]
+    do(executor, decode(1, *requests, generated=16, max_steps=6))
+    do(executor, decode(2, *requests, generated=2, max_steps=6))
+    contexts = [[request.prompt_len + done + step for request in requests] for done in (15, 1) for step in range(6)]
+    for batch, cached in zip(found, contexts, strict=True):
+        tables = [executor.sequences.blocks.of(i).tolist()[: n // 4 + 1] for i, n in enumerate(cached)]
+        assert batch.blocks.tolist() == [*itertools.chain(*tables), kv.scratch]
+        assert batch.kv_lens.tolist() == [*(n + 1 for n in cached), 1]
 
 
 def test_preparing_leaves_no_trace() -> None:
