@@ -7,6 +7,7 @@ a batch, then runs its layers; it has its own workspace, so plans of the two pha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,9 +134,7 @@ class FlashinferAttention:
     ) -> None:
         self._config, self._cache, self._prefill_backend = config, cache, prefill_backend
         self._workspaces = [torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
-        self._pages = torch.zeros(cache.num_blocks + max_num_seqs, dtype=torch.int32, device="cuda")
-        self._indptr = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device="cuda")
-        self._last_page = torch.ones(max_num_seqs, dtype=torch.int32, device="cuda")
+        self._paging = DecodePaging(max_num_seqs, cache.num_blocks + max_num_seqs, "cuda")
         self._decode_ints: tuple[Tensor, Tensor] | None = None
 
     def prefill(self, sms: int) -> AttentionPlan:
@@ -150,28 +149,59 @@ class FlashinferAttention:
         """See ``Attention``. Its buffers are shared by the plans of every number of rows."""
         import flashinfer
 
+        indptr, last, pages = self._paging.on_device(rows)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspaces[1],
             "NHD",
             use_cuda_graph=True,
             use_tensor_cores=True,
-            paged_kv_indptr_buffer=self._indptr[: rows + 1],
-            paged_kv_indices_buffer=self._pages,
-            paged_kv_last_page_len_buffer=self._last_page[:rows],
+            paged_kv_indptr_buffer=indptr,
+            paged_kv_indices_buffer=pages,
+            paged_kv_last_page_len_buffer=last,
         )
         # 8 MiB each on the device and pinned, for every wrapper, unless they share them.
         if self._decode_ints is None:
             self._decode_ints = wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer
         wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer = self._decode_ints
-        return FlashinferDecode(self._config, self._cache, wrapper, self._pages)
+        return FlashinferDecode(self._config, self._cache, wrapper, self._paging, rows)
 
 
-def _paging(batch: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-    """The pages as flashinfer wants them, in pinned memory: indptr [n + 1], ids, tokens in the last ones [n]."""
-    indptr = np.concatenate(([0], np.cumsum(batch.pages)))
-    last = (batch.kv_lens - 1) % batch.block_size + 1
-    pinned = [torch.from_numpy(x.astype(np.int32)).pin_memory() for x in (indptr, batch.blocks, last)]
-    return pinned[0], pinned[1], pinned[2]
+class DecodePaging:
+    """Where a decode batch's pages lie on the device: indptr [rows + 1], tokens in the last ones [rows], ids; int32.
+
+    All in one array, which is written on the host and copied at once.
+    """
+
+    def __init__(self, max_num_seqs: int, max_pages: int, device: str) -> None:
+        self._part = -(-(max_num_seqs + 1) // 64) * 64  # each part starts at a multiple of 256 bytes
+        size = 2 * self._part + max_pages
+        self._device = torch.zeros(size, dtype=torch.int32, device=device)
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device == "cuda")
+        self._ints = self._host.numpy()
+
+    def on_device(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The three of so many rows, with room for all page ids."""
+        return self._parts(self._device, rows)
+
+    def on_host(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What they are copied from."""
+        return self._parts(self._host, rows)
+
+    def write(self, batch: Ragged) -> None:
+        """Fill the host's with a batch's and enqueue the copy, which has to be done before the next one."""
+        part, rows, ids = self._part, len(batch.kv_lens), len(batch.blocks)
+        self._ints[: rows + 1] = batch.page_indptr
+        self._ints[part : part + rows] = batch.last_page_lens
+        self._ints[2 * part : 2 * part + ids] = batch.blocks
+        self._device[: 2 * part + ids].copy_(self._host[: 2 * part + ids], non_blocking=True)
+
+    def _parts(self, whole: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        part = self._part
+        return whole[: rows + 1], whole[part : part + rows], whole[2 * part :]
+
+
+def _pinned(array: IntArray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int32)).pin_memory()
 
 
 class FlashinferPrefill:
@@ -193,21 +223,23 @@ class FlashinferPrefill:
         """See ``AttentionPlan``."""
         config = self._config
         q_indptr = np.concatenate(([0], np.cumsum(batch.q_lens)))
-        indptr, pages, last = _paging(batch)
+        indptr = batch.page_indptr
         self._wrapper.plan(
-            torch.from_numpy(q_indptr.astype(np.int32)).pin_memory(),
-            indptr,
-            pages.to("cuda", non_blocking=True),
-            last,
+            _pinned(q_indptr),
+            _pinned(indptr),
+            _pinned(batch.blocks).to("cuda", non_blocking=True),
+            _pinned(batch.last_page_lens),
             config.query_heads,
             config.kv_heads,
             config.head_dim,
             batch.block_size,
             causal=True,
             q_data_type=getattr(torch, config.dtype),
+            seq_lens=_pinned(batch.kv_lens),
+            max_token_per_sequence=int(batch.q_lens.max()),  # or flashinfer compares them one by one in Python
         )
         if self._backend == "fa3-sized":
-            self._size(batch, q_indptr, indptr.numpy())
+            self._size(batch, q_indptr, indptr)
 
     def _size(self, batch: Ragged, q_indptr: IntArray, kv_indptr: IntArray) -> None:
         """Deal the tiles to the partition's SMs only; raises RuntimeError when flashinfer's plan has another layout."""
@@ -243,24 +275,30 @@ class FlashinferPrefill:
 class FlashinferDecode:
     """Decode batches of one size; the arguments of ``run`` stay where they are, so that a CUDA graph can hold it."""
 
-    def __init__(self, config: ModelConfig, cache: PagedKvCache, wrapper: Any, pages: Tensor) -> None:
-        self._config, self._cache, self._wrapper, self._pages = config, cache, wrapper, pages
+    def __init__(self, config: ModelConfig, cache: PagedKvCache, wrapper: Any, paging: DecodePaging, rows: int) -> None:
+        import flashinfer
+
+        self._config, self._cache, self._wrapper, self._paging = config, cache, wrapper, paging
+        indptr, last, _ = paging.on_host(rows)
+        self._pages = indptr, paging.on_device(rows)[2], last
+        self._plan: Callable[..., None] = wrapper.plan
+        self._plan_again = partial(flashinfer.fast_decode_plan, wrapper)
 
     def plan(self, batch: Ragged) -> None:
         """See ``AttentionPlan``. What it copies comes from pinned memory that the next ``plan`` overwrites."""
         config = self._config
-        indptr, pages, last = _paging(batch)
-        self._pages[: len(pages)].copy_(pages, non_blocking=True)
-        self._wrapper.plan(
-            indptr,
-            self._pages[: len(pages)],
-            last,
+        self._paging.write(batch)
+        self._plan(
+            *self._pages,
             config.query_heads,
             config.kv_heads,
             config.head_dim,
             batch.block_size,
             q_data_type=getattr(torch, config.dtype),
         )
+        # The first also fetches the kernels, copies what is there already, and finds the longest sequence by comparing
+        # them as tensors in Python, which for 256 takes the host half a millisecond.
+        self._plan = self._plan_again
 
     def run(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         """See ``AttentionPlan``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semipd.config import load
-from semipd.core import InputError
+from semipd.core import InputError, IntArray
 from semipd.model_config import ModelConfig, from_huggingface
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from semipd.attention import TorchAttention  # noqa: E402 - after the check for torch
+from semipd.attention import DecodePaging, TorchAttention  # noqa: E402 - after the check for torch
 from semipd.model import Model, Rows, Weights, load_weights, random_weights  # noqa: E402
 from semipd.paged_kv import BlockMap, PagedKvCache, Ragged  # noqa: E402
 
@@ -262,6 +263,7 @@ def test_every_new_token_has_a_slot_of_its_own_in_a_block_of_its_sequence(
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), max_size=30))
 def test_a_block_belongs_to_one_sequence_or_is_free(moves: list[tuple[int, int]]) -> None:
     blocks = BlockMap(12, 4)
+    given: list[tuple[IntArray, list[int]]] = []  # tables, and what was in them
     for sequence, tokens in moves:
         if tokens == 0:
             blocks.release(sequence)
@@ -271,6 +273,25 @@ def test_a_block_belongs_to_one_sequence_or_is_free(moves: list[tuple[int, int]]
         else:
             blocks.grow(sequence, tokens)
             assert len(blocks.of(sequence)) * 4 >= tokens
+        given.append((blocks.of(sequence), blocks.of(sequence).tolist()))
         held = [block for s in blocks.sequences for block in blocks.of(s)]
         assert len(set(held)) == len(held) == 12 - blocks.free
         assert set(held) <= set(range(12))
+    assert all(table.tolist() == before for table, before in given)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=5), min_size=1, max_size=4), st.integers(1, 8))
+def test_a_decode_plan_finds_on_the_device_what_the_last_batch_has(batches: list[list[int]], block_size: int) -> None:
+    paging = DecodePaging(5, 5 * 20, "cpu")
+    ids = itertools.cycle(np.random.default_rng(0).permutation(100).tolist())
+    for kv_lens in batches:
+        tables = [[next(ids) for _ in range(0, n, block_size)] for n in kv_lens]
+        paging.write(Ragged.of([1] * len(kv_lens), [n - 1 for n in kv_lens], tables, block_size))
+        for indptr, last, pages in (paging.on_device(len(kv_lens)), paging.on_host(len(kv_lens))):
+            ends = list(itertools.accumulate(len(table) for table in tables))
+            assert indptr.tolist() == [0, *ends]
+            assert [pages[start:end].tolist() for start, end in itertools.pairwise(indptr.tolist())] == tables
+            assert [(len(table) - 1) * block_size for table in tables] == [
+                n - in_last for n, in_last in zip(kv_lens, last.tolist(), strict=True)
+            ]
