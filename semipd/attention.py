@@ -167,17 +167,16 @@ class FlashinferAttention:
 
 
 class DecodePaging:
-    """Where a decode batch's pages lie on the device: indptr [rows + 1], tokens in the last ones [rows], ids; int32.
+    """Where a decode batch's pages lie: indptr [rows + 1], tokens in the last ones [rows], ids; int32.
 
-    All in one array, which is written on the host and copied at once.
+    All in one array, which is written on the host and copied to the device at once.
     """
 
     def __init__(self, max_num_seqs: int, max_pages: int, device: str) -> None:
         self._part = -(-(max_num_seqs + 1) // 64) * 64  # each part starts at a multiple of 256 bytes
         size = 2 * self._part + max_pages
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device == "cuda")
-        self._ints = self._host.numpy()
+        self._host = torch.zeros(size, dtype=torch.int32)
 
     def on_device(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """The three of so many rows, with room for all page ids."""
@@ -188,12 +187,13 @@ class DecodePaging:
         return self._parts(self._host, rows)
 
     def write(self, batch: Ragged) -> None:
-        """Fill the host's with a batch's and enqueue the copy, which has to be done before the next one."""
-        part, rows, ids = self._part, len(batch.kv_lens), len(batch.blocks)
-        self._ints[: rows + 1] = batch.page_indptr
-        self._ints[part : part + rows] = batch.last_page_lens
-        self._ints[2 * part : 2 * part + ids] = batch.blocks
-        self._device[: 2 * part + ids].copy_(self._host[: 2 * part + ids], non_blocking=True)
+        """Fill the host's with a batch's, and enqueue the copy."""
+        part, rows, size, ints = self._part, len(batch.kv_lens), 2 * self._part + len(batch.blocks), self._host.numpy()
+        ints[: rows + 1] = batch.page_indptr
+        ints[part : part + rows] = batch.last_page_lens
+        ints[2 * part : size] = batch.blocks
+        host = self._host[:size]
+        self._device[:size].copy_(host.pin_memory() if self._device.is_cuda else host, non_blocking=True)
 
     def _parts(self, whole: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         part = self._part
@@ -279,17 +279,19 @@ class FlashinferDecode:
         import flashinfer
 
         self._config, self._cache, self._wrapper, self._paging = config, cache, wrapper, paging
-        indptr, last, _ = paging.on_host(rows)
-        self._pages = indptr, paging.on_device(rows)[2], last
+        self._host, self._device = paging.on_host(rows), paging.on_device(rows)
         self._plan: Callable[..., None] = wrapper.plan
         self._plan_again = partial(flashinfer.fast_decode_plan, wrapper)
 
     def plan(self, batch: Ragged) -> None:
         """See ``AttentionPlan``. What it copies comes from pinned memory that the next ``plan`` overwrites."""
-        config = self._config
+        config, wrapper = self._config, self._wrapper
+        (indptr, last, _), (_, _, pages) = self._host, self._device
         self._paging.write(batch)
         self._plan(
-            *self._pages,
+            indptr,
+            pages,
+            last,
             config.query_heads,
             config.kv_heads,
             config.head_dim,
@@ -299,6 +301,8 @@ class FlashinferDecode:
         # The first also fetches the kernels, copies what is there already, and finds the longest sequence by comparing
         # them as tensors in Python, which for 256 takes the host half a millisecond.
         self._plan = self._plan_again
+        # Which leaves the host's where the kernels are to find the device's.
+        wrapper._paged_kv_indptr_buf, wrapper._paged_kv_last_page_len_buf, wrapper._paged_kv_indices_buf = self._device
 
     def run(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         """See ``AttentionPlan``."""

@@ -29,7 +29,6 @@ class Engine:
     Attributes:
         decode_buffers: What a decode step reads: token ids, which it replaces by the next ones, positions and slots;
             int64 [3, max_num_seqs].
-        decode_staging: What they are copied from, on the host.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Engine:
         self.model, self.device, self.max_num_seqs = model, device, max_num_seqs
         self._attention = attention
         self.decode_buffers = torch.zeros(3, max_num_seqs, dtype=torch.int64, device=device.name)
-        self.decode_staging = device.staging(3, max_num_seqs)
         self._pieces = Pieces(model, device, captured_tokens)
         self._prefill_plans: dict[int, AttentionPlan] = {}
         self._mixed_plan: AttentionPlan | None = None

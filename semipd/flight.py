@@ -210,9 +210,7 @@ class DecodeFlight(Flight):
         self._ids = [request.id for request in run.requests]
         self._histories = [sequences.history(request) for request in run.requests]
         self._cached, self._ones = np.array(run.context_lens), np.ones(rows, np.int64)
-        # No step in flight has anything left to copy from here: the run before has been seen to end.
-        self._inputs = engine.decode_staging.numpy()[:, :rows]
-        self._inputs[:, n:] = 0
+        self._inputs = np.zeros(engine.decode_buffers.shape, np.int64)
         self._next_tokens = engine.decode_buffers[0, :n]
         scratch = np.array([engine.model.cache.scratch])
         self._tables = [sequences.blocks.of(i) for i in self._ids] + [scratch] * (rows - n)
@@ -222,13 +220,13 @@ class DecodeFlight(Flight):
         self._planned: Mark | None = None
 
     def ready(self) -> bool:
-        """See ``Flight``: what the last step and its plan were copied from is free again."""
+        """See ``Flight``: what the last step's plan was copied from is free again."""
         return self._planned is None or self._planned.reached()
 
     def enqueue(self, step: int) -> Tensor:
         """See ``Flight``: a token for every sequence."""
         n, engine = len(self._ids), self._engine
-        tokens, positions, slots = self._inputs
+        tokens, positions, slots = self._inputs[:, : len(self._ones)]
         np.add(self._cached, step, out=positions[:n])
         batch = self._next_batch(positions + 1)
         slots[:] = batch.blocks[batch.page_indptr[1:] - 1] * batch.block_size + positions % batch.block_size
@@ -236,7 +234,7 @@ class DecodeFlight(Flight):
             each = zip(self._histories, self.run.context_lens, strict=True)
             tokens[:n] = [history.token(cached) for history, cached in each]
         new = slice(min(step, 1), None)  # a step leaves the next tokens on the device
-        engine.decode_buffers[new].copy_(engine.decode_staging[new], non_blocking=True)
+        engine.device.write(engine.decode_buffers[new], self._inputs[new])
         self._plan.plan(batch)
         self._planned = self._stream.mark()
         self._step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST_PREFILL_ROWS = 2048
+MOST_PREFILL_ROWS = 1024
 """Of a prefill batch whose layers are captured; a larger one keeps the device busy while the host launches kernels."""
 
 

@@ -60,8 +60,8 @@ class Device(Protocol):
         """A copy of a numpy array on the device, made on the current stream without waiting."""
         ...
 
-    def staging(self, *shape: int) -> Tensor:
-        """Int64 zeros on the host, to be copied to the device again and again, without waiting."""
+    def write(self, tensor: Tensor, array: Any) -> None:
+        """Copy a numpy array of its shape into a tensor of the device, on the current stream without waiting."""
         ...
 
     def download(self, tensor: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ class CpuDevice:
         """See ``Device``."""
         return torch.tensor(array)
 
-    def staging(self, *shape: int) -> Tensor:
+    def write(self, tensor: Tensor, array: Any) -> None:
         """See ``Device``."""
-        return torch.zeros(shape, dtype=torch.int64)
+        tensor.copy_(torch.from_numpy(array))
 
     def download(self, tensor: Tensor) -> Tensor:
         """See ``Device``."""
@@ -226,9 +226,12 @@ class CudaDevice:
         """See ``Device``: by way of pinned memory, which torch reuses only after the copy."""
         return torch.from_numpy(array).pin_memory().to("cuda", non_blocking=True)
 
-    def staging(self, *shape: int) -> Tensor:
-        """See ``Device``; pinned."""
-        return torch.zeros(shape, dtype=torch.int64, pin_memory=True)
+    def write(self, tensor: Tensor, array: Any) -> None:
+        """See ``Device``: by way of pinned memory, as ``upload``.
+
+        Which is not kept for the next time: torch cannot free memory that a stream has copied from once that is gone.
+        """
+        tensor.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
 
     def download(self, tensor: Tensor) -> Tensor:
         """See ``Device``; to pinned memory."""

@@ -85,7 +85,7 @@ def open_executor(
         else:
             weights = load_weights(config, weights_dir, device)
         if num_blocks is None:
-            lane_bytes = activation_bytes(config, max_num_batched_tokens, max_num_seqs) + GRAPHS_BYTES
+            lane_bytes = activation_bytes(config, max_num_batched_tokens, max_num_seqs) + GRAPHS_BYTES * config.layers
             num_blocks = _blocks_that_fit(config, device, lanes * lane_bytes, block_size, gpu_memory_utilization)
         cache = PagedKvCache(config, num_blocks, block_size, device)
         attention: Attention
@@ -124,8 +124,11 @@ def activation_bytes(config: ModelConfig, tokens: int, sequences: int) -> int:
     return DTYPE_BYTES[config.dtype] * ((tokens + sequences) * row + logits)
 
 
-GRAPHS_BYTES = 512 << 20
-"""Left for the CUDA graphs of a partition and cuBLAS's workspaces, of which it has one for each stream."""
+GRAPHS_BYTES = 28 << 20
+"""Left for each layer's CUDA graphs on a partition, and cuBLAS's workspaces, of which it has one for each stream.
+
+On an H200, a layer of Llama-3-8B took 10 to 12 MiB for 35 sizes of decode, and 19 MiB for 24 of prefill.
+"""
 
 
 def _blocks_that_fit(config: ModelConfig, device: str, work_bytes: int, block_size: int, utilization: float) -> int:
