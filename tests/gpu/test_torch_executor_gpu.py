@@ -37,8 +37,8 @@ MODEL = ModelConfig(
     rope_theta=1e4, max_positions=4096, qk_norm=True,
 )  # fmt: skip
 TIE = 0.1  # of logits with a standard deviation of 1
-SIZES = [32, 64, 96, 128]
-POLICIES = ("exclusive", *(f"static-{n}" for n in SIZES), "capped-64", "priority", "chunked-100", "adaptive")
+SIZES = [48, 64, 96]  # decode on the 4 SMs beside 128 is not possible: cuBLAS's kernels do not start there
+POLICIES = ("exclusive", *(f"static-{n}" for n in SIZES), "capped-48", "priority", "chunked-100", "adaptive")
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_law_11_tokens_are_the_likeliest_of_a_plain_forward_pass_up_to_ties(
     policy: str, executor: TorchExecutor
 ) -> None:
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
-    cost = ConstantCost(1e-3, 1e-3, layers=MODEL.layers, device_sms=sms, granularity_sms=32)
+    cost = ConstantCost(1e-3, 1e-3, layers=MODEL.layers, device_sms=sms, granularity_sms=48)
     config = SchedulerConfig(num_blocks=64, max_num_seqs=16, max_num_batched_tokens=150, watermark=0.0)
     scheduler = Scheduler(config, make_policy(policy, cost, Slo(1, 1)), device_sms=sms, layers=MODEL.layers)
     executor.follow(scheduler.blocks.tokens)
