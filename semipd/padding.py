@@ -20,3 +20,13 @@ def prefill_rows(tokens: int, most: int = MOST_PREFILL_ROWS) -> int:
         return tokens
     step = max(16, (1 << (tokens - 1).bit_length()) // 8)
     return min(most, -(-tokens // step) * step)
+
+
+def decode_sizes(most: int) -> tuple[int, ...]:
+    """All that ``decode_rows`` gives, ascending."""
+    return tuple(sorted({decode_rows(n, most) for n in range(1, most + 1)}))
+
+
+def prefill_sizes(most: int = MOST_PREFILL_ROWS) -> tuple[int, ...]:
+    """All that batches of at most so many tokens are padded to, ascending."""
+    return tuple(sorted({prefill_rows(n, most) for n in range(1, most + 1)}))
