@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 MOST_PREFILL_ROWS = 1024
 """Of a prefill batch whose layers are captured; a larger one keeps the device busy while the host launches kernels."""
 
@@ -30,3 +33,21 @@ def decode_sizes(most: int) -> tuple[int, ...]:
 def prefill_sizes(most: int = MOST_PREFILL_ROWS) -> tuple[int, ...]:
     """All that batches of at most so many tokens are padded to, ascending."""
     return tuple(sorted({prefill_rows(n, most) for n in range(1, most + 1)}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """The sizes that batches were padded to when they were measured, ascending; above the last they were not."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, in profiles
+
+    batch: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, sizes in vars(self).items():
+            if any(low >= high for low, high in pairwise((0, *sizes))):
+                raise ValueError(f"{name}: found {list(sizes)}; expected ascending sizes from one on")
+
+
+NOT_PADDED = Padded()

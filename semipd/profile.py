@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from semipd.core import InputError
 from semipd.overheads import NO_OVERHEADS, Overheads
+from semipd.padding import NOT_PADDED, Padded
 from semipd.sweep import (
     DecodePoint,
     HybridPoint,
@@ -35,7 +36,8 @@ class ProfileHeader:
 
     ``layers`` is how many layers the model has; the tables hold one layer's times. ``kv_bytes_per_token`` counts all
     layers. The KV cache gets what ``weights_bytes`` leave of ``device_memory_bytes``. ``overheads``: host time that is
-    in no table; none when the file says nothing. ``model``: what was run, as in configs/models, if it was a model.
+    in no table; none when the file says nothing. ``padded``: the sizes that batches were padded to. ``model``: what was
+    run, as in configs/models, if it was a model.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -49,6 +51,7 @@ class ProfileHeader:
     device_memory_bytes: Positive
     weights_bytes: Annotated[int, Field(ge=0)]
     overheads: Overheads = NO_OVERHEADS
+    padded: Padded = NOT_PADDED
     model: dict[str, Any] | None = None
 
 
@@ -72,6 +75,7 @@ class Profile(ProfileHeader):
                 self.mixed.points if self.mixed else (),
                 device_sms=self.device_sms,
                 layers=self.layers,
+                padded=self.padded,
                 source=str(self.folder),
             )
         )
@@ -141,7 +145,9 @@ def _header(path: Path) -> ProfileHeader:
         if first["type"] == "missing":
             raise InputError(f"{path}: {field}: missing; expected a value") from None
         if first["type"] == "unexpected_keyword_argument":
-            names = ", ".join(name.name for name in fields(Overheads if len(first["loc"]) > 1 else ProfileHeader))
+            nested = {"overheads": Overheads, "padded": Padded}
+            of = nested.get(str(first["loc"][0]), ProfileHeader) if len(first["loc"]) > 1 else ProfileHeader
+            names = ", ".join(name.name for name in fields(of))
             raise InputError(f"{path}: {field}: unknown; expected only {names}") from None
         if first["type"] == "value_error":
             raise InputError(f"{path}: {field}.{first['ctx']['error']}") from None

@@ -58,18 +58,22 @@ class PrefillWork:
     def at(tokens: int, mean_context: int) -> PrefillWork:
         """The batch that sits at a grid point: one prompt after cached context, or several short prompts.
 
-        A prompt of q new tokens after c cached ones has a mean context of c + q / 2; several prompts of 2 m
-        tokens have m. Raises InputError when short prompts of that mean context do not fill ``tokens``.
+        A prompt of q new tokens after c cached ones has a mean context of c + q / 2. Of prompts that are too long for
+        the mean context there are as many more as it takes to make them short enough and equal. Raises InputError
+        when that are more than twice as many as would do if they need not be equal.
         """
-        if mean_context >= tokens / 2:
+        most = 2 * mean_context
+        if tokens <= most:
             return PrefillWork(tokens, mean_context, 1, tokens, mean_context - tokens // 2)
-        seqs, rest = divmod(tokens, 2 * mean_context)
-        if rest:
-            raise InputError(
-                f"prefill grid: tokens {tokens} is not a multiple of twice the mean context {mean_context}; "
-                "expected one, so that equal prompts fill the batch"
-            )
-        return PrefillWork(tokens, mean_context, seqs, 2 * mean_context, 0)
+        fewest = -(-tokens // most)
+        for seqs in range(fewest, 2 * fewest + 1):
+            if tokens % (2 * seqs) == 0:
+                each = tokens // seqs
+                return PrefillWork(tokens, mean_context, seqs, each, mean_context - each // 2)
+        raise InputError(
+            f"prefill grid: tokens {tokens}: found no {fewest} to {2 * fewest} equal prompts of an even number of "
+            f"tokens, at most twice the mean context {mean_context}; expected a number of tokens that can be dealt so"
+        )
 
     @staticmethod
     def prompts(seqs: int, seq_tokens: int, seq_context: int = 0) -> PrefillWork:

@@ -22,7 +22,8 @@ class TableCost:
     Solo times are bilinear in (tokens, mean_context) and in (batch, kv_tokens), in the fastest backend measured at each
     point. Beside the other phase a step takes its solo time times a slowdown, which is measured at the same split and
     multilinear in the logarithms of tokens, mean_context, batch and kv_tokens. Between two measured KV token counts, a
-    decode step beside prefill is linear in time. A fused step's time is multilinear in the same four. Outside the
+    decode step beside prefill is linear in time. A fused step's time is multilinear in the same four, beyond the stairs
+    that prefill has for its rows, if these are padded. Outside the
     grid a look-up is clamped to its edge and counted; between two partitions nothing is interpolated.
 
     Instances can be pickled.
@@ -37,6 +38,7 @@ class TableCost:
         self._decode: dict[int, DecodeCurves] = tables.decode
         self._contention: dict[Allocation, Contention] = tables.contention
         self._fused: Grid | None = tables.fused
+        self._fused_rows: Grid = tables.fused_rows
         # What was looked up before.
         self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
         self._alone = lru_cache(maxsize=CURVES)(self._decode_alone)
@@ -81,6 +83,7 @@ class TableCost:
             layer_s, outside = self._prefill[self.device_sms].number(*place)
         else:
             layer_s, outside = self._fused.number(*place, decode.batch, decode.kv_tokens)
+            layer_s += self._fused_rows.number(chunk.tokens + decode.batch)[0]
         return layer_s * self.layers, outside
 
     def outside(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -13,6 +14,7 @@ import numpy as np
 from semipd._steps import Axis, Grid
 from semipd.core import Allocation, FloatArray, InputError, Mode
 from semipd.grid import axis, axis_values
+from semipd.padding import NOT_PADDED, Padded
 from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
 
 FILLS_TOKENS = 2048
@@ -60,7 +62,8 @@ class Tables:
     """A profile's tables, arranged for look-ups.
 
     ``prefill``, ``decode``: alone, by SMs of the partition. ``contention``: in every measured way of running both
-    phases beside each other. ``fused``: seconds of a fused step divided by the layers; None without any.
+    phases beside each other. ``fused``: seconds of a fused step divided by the layers, None without any; beyond what
+    ``fused_rows`` has for the rows of both parts, if these were padded.
     ``refused``: modes that cannot be priced, and what is missing.
     """
 
@@ -70,6 +73,7 @@ class Tables:
     decode: dict[int, DecodeCurves]
     contention: dict[Allocation, Contention]
     fused: Grid | None
+    fused_rows: Grid
     refused: Mapping[Mode, str]
 
     @staticmethod
@@ -81,6 +85,7 @@ class Tables:
         *,
         device_sms: int,
         layers: int,
+        padded: Padded = NOT_PADDED,
         source: str = "profile",
     ) -> Tables:
         """Tables of measured points.
@@ -94,18 +99,23 @@ class Tables:
             mixed: Fused batches on the whole device, milliseconds of a step divided by the layers.
             device_sms: SMs of the whole device.
             layers: Layers of a decode step.
+            padded: To which sizes batches were padded.
             source: Where the points are from, for messages.
 
         Raises:
             InputError: There is no split, a partition is missing, or the grid of a split lacks a point. Where that is
                 so of another mode, the mode is ``refused``.
         """
-        prefill_of = {
-            sms: _prefill_grid(points, f"{source}/prefill.csv: {sms} SMs")
+        prefill_alone = {
+            sms: _prefill_surface(points, padded.tokens, f"{source}/prefill.csv: {sms} SMs")
             for sms, points in _grouped(prefill, lambda p: p.sms).items()
         }
+        prefill_of = {
+            sms: Grid([axis("tokens", tokens), axis("mean_context", contexts)], rows)
+            for sms, (tokens, contexts, rows) in prefill_alone.items()
+        }
         decode_of = {
-            sms: _decode_curves(points, f"{source}/decode.csv: {sms} SMs")
+            sms: _decode_curves(points, padded.batch, f"{source}/decode.csv: {sms} SMs")
             for sms, points in _grouped(decode, lambda p: p.sms).items()
         }
         for table, found in (("prefill.csv", set(prefill_of)), ("decode.csv", set(decode_of))):
@@ -128,8 +138,10 @@ class Tables:
         contention = shared(Mode.SPLIT)
         for mode in (Mode.CAPPED, Mode.PRIORITY):
             contention |= unless_refused(mode, partial(shared, mode)) or {}
-        fused = unless_refused(Mode.MIXED, lambda: _fused(mixed, f"{source}/mixed.csv"))
-        return Tables(device_sms, layers, prefill_of, decode_of, contention, fused, refused)
+        tokens, _, seconds = prefill_alone[device_sms]
+        fused_rows = Grid([axis("tokens", tokens)], seconds[:, 0] * bool(padded.tokens))
+        fused = unless_refused(Mode.MIXED, lambda: _fused(mixed, fused_rows, f"{source}/mixed.csv"))
+        return Tables(device_sms, layers, prefill_of, decode_of, contention, fused, fused_rows, refused)
 
 
 def _shared(
@@ -177,23 +189,53 @@ def _fastest(points: Iterable[P], place: Callable[[P], K], time_ms: Callable[[P]
     return {key: min(same, key=time_ms) for key, same in _grouped(points, place).items()}
 
 
-def _prefill_grid(points: Iterable[PrefillPoint], where: str) -> Grid:
+def _prefill_surface(
+    points: Iterable[PrefillPoint], sizes: Sequence[int], where: str
+) -> tuple[list[int], list[int], FloatArray]:
     """Seconds of a layer alone over (tokens, mean_context)."""
     best = _fastest(points, lambda p: (p.tokens, p.mean_context), lambda p: p.median_ms)
-    names = ("tokens", "mean_context")
-    values = axis_values(best, names, where)
-    axes = [axis(name, v) for name, v in zip(names, values, strict=True)]
-    return Grid(axes, np.array([best[t, m].median_ms / 1e3 for t, m in itertools.product(*values)]))
+    seconds = {place: point.median_ms / 1e3 for place, point in best.items()}
+    return _surface(seconds, ("tokens", "mean_context"), sizes, where)
 
 
-def _decode_curves(points: Iterable[DecodePoint], where: str) -> DecodeCurves:
+def _decode_curves(points: Iterable[DecodePoint], sizes: Sequence[int], where: str) -> DecodeCurves:
     """Seconds of a layer alone over (batch, kv_tokens)."""
     best = _fastest(points, lambda p: (p.batch, p.kv_tokens), lambda p: p.median_ms)
-    batches, kv = axis_values(best, ("batch", "kv_tokens"), where)
-    rows = np.array([[best[b, k].median_ms / 1e3 for k in kv] for b in batches])
+    seconds = {place: point.median_ms / 1e3 for place, point in best.items()}
+    batches, kv, rows = _surface(seconds, ("batch", "kv_tokens"), sizes, where)
     return DecodeCurves(
         axis("kv_tokens", kv), np.array(kv, dtype=np.float64), rows, Grid([axis("batch", batches)], rows)
     )
+
+
+def _surface(
+    seconds: Mapping[tuple[int, int], float], names: tuple[str, str], sizes: Sequence[int], where: str
+) -> tuple[list[int], list[int], FloatArray]:
+    """Times over two variables at every pair of some values: the first's, the second's, and the times [first, second].
+
+    What was measured at the least value of the second variable is the *spine*, a time for each value of the first. What
+    a time exceeds it by is bilinear between the values that have a full row. On the spine a batch counts as
+    the one of ``sizes`` that it is padded to, or as the next measured one if that comes first.
+    """
+    low = min(second for _, second in seconds)
+    along = sorted({first for first, _ in seconds})
+    whole = {first for first, second in seconds if second != low} | {along[0], along[-1]}
+    firsts, seconds_axis = axis_values([place for place in seconds if place[0] in whole], names, where)
+    measured = np.array([[seconds[a, b] for b in seconds_axis] for a in firsts])
+    knots, counts_as = _stairs(along, sizes)
+    spine = np.interp(counts_as, along, [seconds[a, low] for a in along])
+    excess = (measured - measured[:, :1]).T
+    rows = spine[:, None] + np.array([np.interp(knots, firsts, of) for of in excess]).T
+    rows[[bisect_left(knots, a) for a in firsts]] = measured  # to the last bit
+    return knots, seconds_axis, rows
+
+
+def _stairs(along: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Knots of a spine measured at ``along``, between which it is linear, and the size that each counts as."""
+    last = sizes[-1] if sizes else 0
+    edges = {x for x in (*sizes, *along) if along[0] <= x < along[-1] and x <= last}
+    knots = sorted({*along, *edges, *(x + 1 for x in edges)})
+    return knots, [min(sizes[bisect_left(sizes, x)] if x <= last else x, along[bisect_left(along, x)]) for x in knots]
 
 
 def _contention(points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurves, where: str) -> Contention:
@@ -228,11 +270,11 @@ def _contention(points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurv
     )
 
 
-def _fused(points: Iterable[MixedPoint], where: str) -> Grid:
-    """Seconds of a fused step, divided by the layers."""
+def _fused(points: Iterable[MixedPoint], rows: Grid, where: str) -> Grid:
+    """Seconds of a fused step, divided by the layers, beyond those of its rows."""
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.median_ms)
     if not best:
         raise InputError(f"{where}: no measured point; expected some to choose fused batches")
     values = axis_values(best, SHARED, where)
-    seconds = [best[t, m, b, k].median_ms / 1e3 for t, m, b, k in itertools.product(*values)]
+    seconds = [best[t, m, b, k].median_ms / 1e3 - rows.number(t + b)[0] for t, m, b, k in itertools.product(*values)]
     return Grid([axis(name, v) for name, v in zip(SHARED, values, strict=True)], np.array(seconds))

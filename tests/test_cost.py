@@ -593,7 +593,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing field": (lambda f: edit_header(f, layers=None), "profile.json: layers: missing; expected a value"),
     "unknown field": (
         lambda f: edit_header(f, sms=1),
-        "profile.json: sms: unknown; expected only name, .*weights_bytes, overheads, model",
+        "profile.json: sms: unknown; expected only name, .*weights_bytes, overheads, padded, model",
     ),
     "unknown overhead": (
         lambda f: edit_header(f, overheads={"start_ms": 1.0}),
@@ -602,6 +602,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative overhead": (
         lambda f: edit_header(f, overheads={"switch_ms": -1.0}),
         "profile.json: overheads.switch_ms: found -1.0; expected zero or more",
+    ),
+    "unknown padding": (
+        lambda f: edit_header(f, padded={"rows": [1]}),
+        "profile.json: padded.rows: unknown; expected only batch, tokens",
+    ),
+    "padding that descends": (
+        lambda f: edit_header(f, padded={"batch": [1, 8, 4]}),
+        r"profile.json: padded.batch: found \[1, 8, 4\]; expected ascending sizes from one on",
     ),
     "malformed fused batch": (
         lambda f: ((f / "mixed.csv").write_text("tokens\n"), (f / "mixed.json").write_text("{}")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -64,13 +65,16 @@ def test_a_batch_at_a_grid_point_has_its_tokens_and_its_mean_context(log_tokens:
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
 def test_any_batch_is_placed_within_half_a_token_of_its_mean_context_or_refused(tokens: int, mean_context: int) -> None:
-    fits = mean_context >= tokens / 2 or tokens % (2 * mean_context) == 0
-    if fits:
-        shape = prompts_of(PrefillWork.at(tokens, mean_context))
+    fewest = math.ceil(tokens / (2 * mean_context))
+    even = [n for n in range(fewest, 2 * fewest + 1) if (tokens / n).is_integer() and tokens // n % 2 == 0]
+    if fewest == 1 or even:
+        work = PrefillWork.at(tokens, mean_context)
+        shape = prompts_of(work)
+        assert work.seqs == (1 if fewest == 1 else min(even))
         assert shape.tokens == tokens
         assert abs(shape.mean_context - mean_context) <= 0.5
     else:
-        with pytest.raises(InputError, match=f"tokens {tokens} is not a multiple of twice .* {mean_context}; expected"):
+        with pytest.raises(InputError, match=f"tokens {tokens}: found no .* equal prompts .* {mean_context}; expected"):
             PrefillWork.at(tokens, mean_context)
 
 

@@ -1,0 +1,183 @@
+"""Spines and padding: times that go in stairs along one variable and are smooth along the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_profile import decode_points, hybrid_points, prefill_points, write_profile
+
+from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
+from semipd.padding import Padded, decode_rows, decode_sizes, prefill_rows, prefill_sizes
+from semipd.profile import load_profile
+from semipd.sweep import DecodePoint, DecodeWork, MixedPoint, PrefillPoint, PrefillWork
+from semipd.table_cost import TableCost
+from semipd.tables import Tables
+
+DEVICE, LAYERS = 32, 4
+WHOLE = Allocation(Mode.EXCLUSIVE, DEVICE, DEVICE)
+SPINE_BATCHES = (1, 2, 4, 8, 16, 24, 40, 48, 64)
+SPINE_TOKENS = (16, 48, 64, 112, 160, 256, 512, 640, 2048, 3072, 8192)
+COARSE_BATCHES, KV_TOKENS = (1, 16, 64), (512, 4096, 65536)
+COARSE_TOKENS, CONTEXTS = (16, 256, 8192), (64, 1024, 8192)
+SIZES = Padded(batch=decode_sizes(64), tokens=prefill_sizes())
+
+
+def decode_stair_ms(rows: float) -> float:
+    """Steep and uneven, as tiles of matrix products make it."""
+    return 1.0 + 0.3 * (rows > 4) + 0.01 * rows + 0.4 * (rows > 24)
+
+
+def prefill_stair_ms(rows: float) -> float:
+    return 0.2 + 0.0006 * rows + 0.1 * (rows > 64) + 0.5 * (rows > 512)
+
+
+def attention_ms(sequences: float, tokens: float) -> float:
+    """Of decode beyond its spine: bilinear."""
+    return (2e-5 + 1e-7 * sequences) * (tokens - KV_TOKENS[0])
+
+
+def prefill_attention_ms(tokens: float, mean_context: float) -> float:
+    return 1e-7 * tokens * (mean_context - CONTEXTS[0])
+
+
+def decode_point(batch: int, kv_tokens: int, rows: int) -> DecodePoint:
+    ms = decode_stair_ms(rows) + attention_ms(batch, kv_tokens)
+    return DecodePoint(DEVICE, batch, kv_tokens, "fa2", 5, ms, ms, ms)
+
+
+def prefill_point(tokens: int, mean_context: int, rows: int) -> PrefillPoint:
+    ms, work = prefill_stair_ms(rows) + prefill_attention_ms(tokens, mean_context), PrefillWork.at(tokens, mean_context)
+    shape = work.tokens, work.mean_context, work.seqs, work.seq_tokens, work.seq_context
+    return PrefillPoint(DEVICE, *shape, "fa2", 5, ms, ms, ms)
+
+
+def decode_table(rows_of: Callable[[int], int] = lambda n: n) -> list[DecodePoint]:
+    places = {(b, KV_TOKENS[0]) for b in SPINE_BATCHES} | {(b, kv) for b in COARSE_BATCHES for kv in KV_TOKENS}
+    return [decode_point(b, kv, rows_of(b)) for b, kv in sorted(places)]
+
+
+def prefill_table() -> list[PrefillPoint]:
+    places = {(t, CONTEXTS[0]) for t in SPINE_TOKENS} | {(t, c) for t in COARSE_TOKENS for c in CONTEXTS}
+    return [prefill_point(t, c, prefill_rows(t)) for t, c in sorted(places)]
+
+
+def model(
+    decode: list[DecodePoint] | None = None, mixed: list[MixedPoint] | None = None, padded: Padded | None = None
+) -> TableCost:
+    """The tables above on the whole device; elsewhere a full rectangle without stairs."""
+    parts = [8, 16, 24]
+    tables = Tables.of(
+        [*prefill_points(parts), *prefill_table()], [*decode_points(parts), *(decode or decode_table())],
+        hybrid_points(parts), mixed or (), device_sms=DEVICE, layers=LAYERS, padded=padded or Padded(),
+    )  # fmt: skip
+    return TableCost(tables)
+
+
+def decode_ms(cost: TableCost, batch: int, kv_tokens: int) -> float:
+    return float(cost.decode_s(DecodeShape(batch, kv_tokens), WHOLE, None)[0][0]) / LAYERS * 1e3
+
+
+def prefill_ms(cost: TableCost, tokens: int, mean_context: float) -> float:
+    return cost.prefill_s(PrefillShape(tokens, tokens * mean_context), WHOLE, None)[0] * 1e3
+
+
+@pytest.mark.parametrize("padded", [Padded(), SIZES, Padded(batch=(32, 64), tokens=(100, 300))])
+def test_every_measured_point_is_reproduced_whatever_batches_are_padded_to(padded: Padded) -> None:
+    cost = model(padded=padded)
+    for d in decode_table():
+        assert decode_ms(cost, d.batch, d.kv_tokens) == pytest.approx(d.median_ms, rel=1e-12)
+    for p in prefill_table():
+        assert prefill_ms(cost, p.tokens, p.mean_context) == pytest.approx(p.median_ms, rel=1e-12)
+
+
+@given(st.integers(1, 64), st.integers(KV_TOKENS[0], KV_TOKENS[-1]))
+def test_a_spine_has_the_stairs_and_the_coarse_rectangle_the_rest(batch: int, kv_tokens: int) -> None:
+    stair = np.interp(batch, SPINE_BATCHES, [decode_stair_ms(b) for b in SPINE_BATCHES])
+    assert decode_ms(model(), batch, kv_tokens) == pytest.approx(stair + attention_ms(batch, kv_tokens), rel=1e-9)
+
+
+@given(st.sampled_from([n for n in range(1, 65) if decode_rows(n, 64) in SPINE_BATCHES]), st.integers(512, 65536))
+def test_a_padded_decode_batch_has_the_stair_of_its_rows_and_its_own_attention(batch: int, kv_tokens: int) -> None:
+    expected_ms = decode_stair_ms(decode_rows(batch, 64)) + attention_ms(batch, kv_tokens)
+    assert decode_ms(model(padded=SIZES), batch, kv_tokens) == pytest.approx(expected_ms, rel=1e-9)
+
+
+@given(st.sampled_from([n for n in range(16, 2049) if prefill_rows(n) in SPINE_TOKENS]), st.integers(64, 8192))
+def test_a_padded_prefill_batch_has_the_stair_of_its_rows_and_its_own_attention(tokens: int, context: int) -> None:
+    expected_ms = prefill_stair_ms(prefill_rows(tokens)) + prefill_attention_ms(tokens, context)
+    assert prefill_ms(model(padded=SIZES), tokens, context) == pytest.approx(expected_ms, rel=1e-9)
+
+
+@given(st.integers(1, 64))
+def test_on_the_spine_a_time_stays_between_its_measured_neighbours(batch: int) -> None:
+    low = max(b for b in SPINE_BATCHES if b <= batch)
+    high = min(b for b in SPINE_BATCHES if b >= batch)
+    for padded in (Padded(), SIZES):
+        found_ms = decode_ms(model(padded=padded), batch, KV_TOKENS[0])
+        assert decode_stair_ms(low) - 1e-12 <= found_ms <= decode_stair_ms(high) + 1e-12
+
+
+def test_above_the_last_size_nothing_is_padded() -> None:
+    between = (prefill_stair_ms(3072) + prefill_stair_ms(8192)) / 2
+    assert prefill_ms(model(padded=SIZES), (3072 + 8192) // 2, 64) == pytest.approx(between, rel=1e-12)
+
+
+def test_a_spine_that_goes_beyond_the_coarse_rectangle_is_a_hole_in_it() -> None:
+    table = [d for d in decode_table() if d.batch != COARSE_BATCHES[-1] or d.kv_tokens == KV_TOKENS[0]]
+    with pytest.raises(InputError, match=r"no point at batch 64, kv_tokens 4096 \(and 1 more\); expected every"):
+        model(decode=table)
+
+
+def test_a_profile_says_what_its_batches_were_padded_to(tmp_path: Path) -> None:
+    folder = write_profile(tmp_path / "p", DEVICE)
+    assert load_profile(folder).padded == Padded()
+    header = json.loads((folder / "profile.json").read_text())
+    (folder / "profile.json").write_text(json.dumps(header | {"padded": {"batch": [1, 64], "tokens": [4096]}}))
+    loaded = load_profile(folder)
+    assert loaded.padded == Padded(batch=(1, 64), tokens=(4096,))
+    steps_s = [float(loaded.cost().decode_s(DecodeShape(n, 256), WHOLE, None)[0][0]) for n in (2, 8, 9, 64)]
+    assert steps_s[0] == steps_s[1] < steps_s[2] == steps_s[3]  # measured at 1, 8 and 64
+
+
+def mixed_table() -> list[MixedPoint]:
+    """Fused steps whose matrix products have the stair of all rows, the rest being linear in each number."""
+    found = []
+    for tokens, context in ((t, c) for t in (16, 256, 2048) for c in (64, 1024)):
+        for decode in (DecodeWork(b, kv) for b in (8, 64) for kv in (512, 65536)):
+            work = PrefillWork.at(tokens, context)
+            ms = mixed_ms(tokens, context, decode.batch, decode.kv_tokens)
+            shape = work.tokens, work.mean_context, work.seqs, work.seq_tokens, work.seq_context
+            found.append(MixedPoint(*shape, decode.batch, decode.kv_tokens, "fa2", 5, ms, ms, ms))
+    return found
+
+
+def mixed_ms(tokens: float, context: float, batch: float, kv_tokens: float) -> float:
+    rows = prefill_rows(int(tokens + batch))
+    known = np.interp(rows, SPINE_TOKENS, [prefill_stair_ms(t) for t in SPINE_TOKENS])
+    return float(known) + 1e-7 * tokens * context + 2e-5 * kv_tokens + 1e-3 * batch
+
+
+@given(st.integers(16, 2048), st.integers(64, 1024), st.integers(8, 64), st.integers(512, 65536))
+def test_a_fused_step_has_the_stair_of_the_rows_of_both(tokens: int, context: int, batch: int, kv: int) -> None:
+    found_s, outside = model(mixed=mixed_table(), padded=SIZES).mixed_s(
+        PrefillShape(tokens, float(tokens * context)), DecodeShape(batch, kv)
+    )
+    rows = prefill_rows(tokens + batch)
+    if rows in SPINE_TOKENS:  # elsewhere the size is between two that were measured, and so is the time
+        assert found_s / LAYERS * 1e3 == pytest.approx(mixed_ms(tokens, context, batch, kv), rel=1e-9)
+    assert not outside
+
+
+def test_every_fused_point_is_reproduced_padded_or_not() -> None:
+    for padded in (Padded(), SIZES):
+        cost = model(mixed=mixed_table(), padded=padded)
+        for x in mixed_table():
+            chunk = PrefillShape(x.tokens, float(x.tokens * x.mean_context))
+            found_s = cost.mixed_s(chunk, DecodeShape(x.batch, x.kv_tokens))[0]
+            assert found_s == pytest.approx(x.median_ms * LAYERS / 1e3, rel=1e-12)
