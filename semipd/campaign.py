@@ -15,9 +15,11 @@ from semipd.executor import Executor
 from semipd.holdout import measure, trials
 from semipd.model_config import ModelConfig
 from semipd.overheads import NO_OVERHEADS, Overheads
+from semipd.padding import NOT_PADDED, Padded
 from semipd.profile import ProfileHeader
 from semipd.profiler import Progress, within
 from semipd.profiling import (
+    AGAIN,
     POINTS,
     Area,
     Backends,
@@ -47,7 +49,8 @@ class Subject:
     """What is measured: a model on a device, behind an executor.
 
     ``forget``: see ``Stopwatch``. ``backends``: attention kernels that prefill may use; ``use_backend`` has those of a
-    size of partition use one of them. ``decode_backend``, ``mixed_backend``: names of the other kernels.
+    size of partition use one of them. ``padded``: what the executor pads batches to. ``decode_backend``,
+    ``mixed_backend``: names of the other kernels.
     """
 
     executor: Executor
@@ -57,6 +60,7 @@ class Subject:
     forget: Callable[[Iterable[int]], None] = lambda ids: None  # noqa: ARG005 - nothing is kept
     backends: tuple[str, ...] = ("torch",)
     use_backend: Callable[[int, str], None] = lambda sms, name: None  # noqa: ARG005 - there is one
+    padded: Padded = NOT_PADDED
     decode_backend: str = "torch"
     mixed_backend: str = "torch"
 
@@ -108,10 +112,10 @@ def measure_profile(
     tables = {name: TableWriter(out / f"{name}.csv", kind, about, resume=resume) for name, kind in kinds.items()}
     campaign = Campaign(subject, config, areas, tables, time.monotonic() if begun_s is None else begun_s, watched, note)
     host, complete, interrupted = NO_OVERHEADS, False, False
-    write_header(out, subject.model, about, host)
+    write_header(out, subject, about, host)
     try:
         host = campaign.prepare()
-        write_header(out, subject.model, about, host)
+        write_header(out, subject, about, host)
         complete = campaign.run()
     except KeyboardInterrupt:
         interrupted = True
@@ -168,13 +172,17 @@ class Campaign:
             return False
         self.usable = True
         pace_s = (time.monotonic() - started_s) / len(missing) if missing else HOST_PACE_S
-        refine_s = self._left_s() - HOLDOUT_PACE * pace_s * config.holdout
+        again_s = pace_s * AGAIN * len(POINTS)
+        refine_s = self._left_s() - HOLDOUT_PACE * pace_s * config.holdout - again_s
         alone = [area for area in self._areas if area.table in ("prefill", "decode")]
         both = [area for area in self._areas if area not in alone]
         until_s = time.monotonic() + refine_s
         for name, some, share in (("alone", alone, ALONE_SHARE), ("both", both, 1.0)):
             steps = profiling.refine(some, self._cost, config.tolerance)
             self._drive(name, steps, share * (until_s - time.monotonic()))
+        self._drive("again", profiling.again(), self._left_s())
+        for name, drift in profiling.drift.items():
+            self._note(f"drift of {name}: {drift}")
         if not config.holdout:
             return True
         drawn = [t for t in trials(config, self._areas) if self._fits(t.prefill, t.decode)]
@@ -198,7 +206,7 @@ class Campaign:
         points = {name: table.points for name, table in self._tables.items()}
         tables = Tables.of(
             points["prefill"], points["decode"], points["hybrid"], points.get("mixed", ()),
-            device_sms=self._subject.device_sms, layers=self._subject.model.layers,
+            device_sms=self._subject.device_sms, layers=self._subject.model.layers, padded=self._subject.padded,
         )  # fmt: skip
         return TableCost(tables)
 
@@ -218,8 +226,9 @@ HOST_PACE_S = 0.3
 """Seconds a held-out point is thought to take when nothing has been measured to go by."""
 
 
-def write_header(out: Path, model: ModelConfig, about: dict[str, object], host: Overheads) -> None:
+def write_header(out: Path, subject: Subject, about: dict[str, object], host: Overheads) -> None:
     """Write profile.json; the folder's last two names are the profile's."""
+    model = subject.model
     gpu = str(about["gpu"])
     header = ProfileHeader(
         name="/".join(out.resolve().parts[-2:]),
@@ -234,6 +243,7 @@ def write_header(out: Path, model: ModelConfig, about: dict[str, object], host: 
         device_memory_bytes=int(str(about["device_memory_bytes"])),
         weights_bytes=model.weights_bytes,
         overheads=host,
+        padded=subject.padded,
         model=model.model_dump(mode="json"),
     )
     (out / "profile.json").write_text(json.dumps(asdict(header), indent=1) + "\n", encoding="utf-8")

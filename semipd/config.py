@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from semipd.core import InputError
+from semipd.padding import decode_sizes, prefill_sizes
 from semipd.shipped import shipped_files
 from semipd.slo import Slo
 
@@ -361,22 +362,23 @@ class ProfileConfig(Strict):
     """What ``semipd profile`` measures of a model.
 
     ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
-    ``decode``: each phase alone; ``both_prefill``, ``both_decode``: both at once. From these rectangles on, values
-    are added to an axis where the cost model errs by more than ``tolerance``, as time allows; KV tokens that do not
-    fit into memory are left out. ``backends``: attention kernels that prefill may use, of which the fastest is taken
-    on each partition. ``warmup_s``: small runs before all else, at most for so long. ``settle_ms``: load before a
-    measurement; ``measure_ms``: its length, and with long steps at most about ``limit_ms``. ``holdout``: random
-    points to measure last, and to hold the cost model against. ``peak_tflops``, ``peak_tbps``: of the device, to
-    estimate how long it will take.
+    ``decode``: each phase alone; ``both_prefill``, ``both_decode``: both at once. ``prefill_spine``, ``decode_spine``:
+    more tokens and batches, measured at the least mean context and KV tokens only; what is not between the ends of
+    their rectangle is left out. From there on, values are added where the cost model errs by more than
+    ``tolerance``, as time allows; KV tokens that do not fit into memory are left out. ``backends``: attention kernels
+    that prefill may use, of which the fastest is taken on each partition. ``warmup_s``: small runs before all else, at
+    most for so long. ``settle_ms``: load before a measurement; ``measure_ms``: its length, and with long steps at most
+    about ``limit_ms``. ``holdout``: random points to measure last, and to hold the cost model against.
+    ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
     """
 
     prefill_sms: Axis = (16, 32, 48, 64, 80, 96, 112)
     capped_sms: tuple[Positive, ...] = (32, 64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
-    prefill: PrefillAxes = PrefillAxes(tokens=(16, 64, 128, 256, 512, 1024, 2048, 8192), mean_context=(64, 4096, 32768))
-    decode: DecodeAxes = DecodeAxes(
-        batch=(1, 8, 16, 32, 48, 64, 96, 128, 192, 256), kv_tokens=(512, 65536, 262144, 655360)
-    )
+    prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 2048, 8192), mean_context=(64, 4096, 32768))
+    prefill_spine: tuple[Positive, ...] = (*prefill_sizes(), 3072, 4096, 6144)
+    decode: DecodeAxes = DecodeAxes(batch=(1, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
+    decode_spine: tuple[Positive, ...] = decode_sizes(256)
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 256, 1024, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 64, 256), kv_tokens=(512, 131072, 524288))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")

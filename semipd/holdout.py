@@ -10,13 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig, build
-from semipd.core import Allocation, DecodeShape, FloatArray, InputError, IntArray, Mode, Phase, PrefillShape
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, Phase, PrefillShape
 from semipd.model_config import ModelConfig
 from semipd.profile import Profile
 from semipd.profiler import Progress
 from semipd.profiling import Area
 from semipd.roofline import fitted
-from semipd.stopwatch import Decodes, Prompts, Stopwatch
+from semipd.stopwatch import Decodes, Prompts, Stopwatch, dealt
 from semipd.sweep import HoldoutPoint, Spread, TableWriter, read_points
 
 NONE = "-"
@@ -129,7 +129,7 @@ def trials(config: ProfileConfig, areas: Iterable[Area]) -> Iterator[Trial]:
 def _prompts(rng: np.random.Generator, ranges: Ranges) -> Prompts:
     tokens = _log_uniform(rng, ranges.tokens)
     parts = int(rng.integers(1, 1 + min(8, tokens // 8)))
-    new = _dealt(rng, tokens, parts)
+    new = dealt(rng.gamma(4.0, size=parts), tokens)
     own = float((new * new).sum()) / 2 / tokens  # mean context without any cached token
     mean_context = _log_uniform(rng, ranges.mean_context)
     context = np.zeros(parts, np.int64)
@@ -141,15 +141,7 @@ def _prompts(rng: np.random.Generator, ranges: Ranges) -> Prompts:
 
 def _decodes(rng: np.random.Generator, ranges: Ranges) -> Decodes:
     batch, kv_tokens = _log_uniform(rng, ranges.batch), _log_uniform(rng, ranges.kv_tokens)
-    return Decodes(tuple(_dealt(rng, max(kv_tokens, 2 * batch), batch, least=2).tolist()))
-
-
-def _dealt(rng: np.random.Generator, total: int, parts: int, least: int = 1) -> IntArray:
-    """Unequal whole parts of a number, of at least ``least``."""
-    shares = rng.gamma(4.0, size=parts)
-    ends = np.round(np.cumsum(shares) / shares.sum() * (total - least * parts)).astype(np.int64)
-    dealt: IntArray = np.diff(ends, prepend=0) + least
-    return dealt
+    return Decodes(tuple(dealt(rng.gamma(4.0, size=batch), max(kv_tokens, 2 * batch), least=2).tolist()))
 
 
 def _log_uniform(rng: np.random.Generator, range_: tuple[int, int]) -> int:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from semipd.config import DecodeAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, Phase, PrefillShape
 from semipd.cost import CostModel
 from semipd.overheads import Overheads
+from semipd.padding import MOST_PREFILL_ROWS, prefill_sizes
 from semipd.profiler import Progress
-from semipd.rectangle import Place, Probe, Rectangle
+from semipd.rectangle import SPINE, Place, Probe, Rectangle
 from semipd.roofline import RooflineCost
 from semipd.stopwatch import DECODE_STEPS, FEW_STEPS, STEPS, Decodes, Prompts, Stopwatch
 from semipd.sweep import (
@@ -39,8 +42,14 @@ AXES: Mapping[str, tuple[str, ...]] = {
 TYPICAL_TOKENS = 1024
 """Of each of two prompts, about as long as in conversations, for which prefill's attention kernel is chosen."""
 
+TYPICAL_LENGTH = 1500
+"""Tokens of a sequence, for which the start of a decode run is measured."""
+
 CLEARLY = 1.03
 """How many times faster another attention kernel has to be."""
+
+AGAIN = 5
+"""Points of each table that are measured again at the end."""
 
 POINTS: Mapping[str, type[Any]] = {
     "prefill": PrefillPoint,
@@ -50,6 +59,29 @@ POINTS: Mapping[str, type[Any]] = {
 }
 Tables = Mapping[str, TableWriter[Any]]
 """The tables of a profile, by the names of ``AXES``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far, relatively, the times of a table's first points moved until the end: with its sign, and at most."""
+
+    points: int
+    median: float
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.points} points measured again took {self.median:+.1%} in the median, {self.largest:+.1%} at most"
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[Any, Any]]) -> Drift:
+        """Of rows, each as it was and as it is."""
+        times = [(getattr(a, name), getattr(b, name)) for a, b in pairs for name in MEDIANS if hasattr(a, name)]
+        moved = np.array([later / earlier - 1 for earlier, later in times])
+        largest = moved[np.argmax(np.abs(moved))]
+        return Drift(len(pairs), round(float(np.median(moved)), 4), round(float(largest), 4))
+
+
+MEDIANS = ("median_ms", "prefill_median_ms", "decode_median_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +159,7 @@ class Backends:
 
 
 def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
-    """The coarse rectangles, in the order in which they are measured.
+    """The coarse rectangles with their spines, in the order in which they are measured.
 
     Phases alone come first, then fused batches, and the ways of sharing from the most even one on.
 
@@ -157,10 +189,16 @@ def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
     ways = [at for mode in config.modes for at in shared.get(mode, ())]
     for at in sorted(ways, key=lambda at: (at.mode is not Mode.SPLIT, abs(at.prefill_sms - device_sms / 2))):
         found[Area("hybrid", at)] = both
-    return {
-        area: Rectangle(AXES[area.table], tuple(tuple(sorted(set(v))) for v in values))
-        for area, values in found.items()
-    }
+    spines = {"prefill": config.prefill_spine, "decode": config.decode_spine}
+    return {area: _rectangle(area.table, values, spines.get(area.table, ())) for area, values in found.items()}
+
+
+def _rectangle(table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int, ...]) -> Rectangle:
+    found = Rectangle(AXES[table], tuple(tuple(sorted(set(v))) for v in values))
+    for value in spine:
+        if found.values[0][0] < value < found.values[0][-1]:
+            found = found.with_knot(SPINE, value)
+    return found
 
 
 def measured_places(tables: Tables) -> dict[tuple[object, ...], set[Place]]:
@@ -186,6 +224,9 @@ class Profiling:
         stopwatch: Measures.
         backends: What to write into the tables.
         fits: Whether there is room for the batches of a measurement.
+
+    Attributes:
+        drift: By table, once ``again`` has measured its first points again.
     """
 
     def __init__(
@@ -198,6 +239,8 @@ class Profiling:
     ) -> None:
         self._tables, self._stopwatch, self._backends, self._fits = tables, stopwatch, backends, fits
         self._places = measured_places(tables)
+        self._first: dict[str, list[tuple[Cell, Any]]] = {}
+        self.drift: dict[str, Drift] = {}
         self.areas = {area: _widened(rectangle, self._places.get(area.key, set())) for area, rectangle in areas.items()}
 
     def missing(self) -> dict[Area, list[Cell]]:
@@ -220,6 +263,21 @@ class Profiling:
                 points.append(self._measure(cell))
                 done += 1
             self._save(area, points)
+            first = self._first.setdefault(area.table, [])
+            first += list(zip(cells, points, strict=True))[: AGAIN - len(first)]
+        yield Progress(total, total, "done")
+
+    def again(self) -> Iterator[Progress]:
+        """Measure the first points of this session again, and note in each table's provenance how far they moved."""
+        total, done = sum(map(len, self._first.values())), 0
+        for table, first in self._first.items():
+            pairs = []
+            for cell, before in first:
+                yield Progress(done, total, f"{cell} (again)")
+                pairs.append((before, self._measure(cell)))
+                done += 1
+            self.drift[table] = Drift.of(pairs)
+            self._tables[table].note({"drift": asdict(self.drift[table])})
         yield Progress(total, total, "done")
 
     def refine(self, areas: Iterable[Area], cost: Callable[[], CostModel], tolerance: float) -> Iterator[Progress]:
@@ -317,18 +375,23 @@ def _columns(phase: str, spread: Spread) -> dict[str, Any]:
 
 
 def _widened(rectangle: Rectangle, places: set[Place]) -> Rectangle:
-    """With the values that these places have."""
-    for axis in range(len(rectangle.names)):
+    """With the values that these places have; those of a spine are at the least of the other axes only."""
+    for axis in range(1, len(rectangle.names)):
         for value in {place[axis] for place in places}:
             rectangle = rectangle.with_knot(axis, value)
+    for place in places:
+        on_spine = rectangle.spine and [place] == rectangle.knot(SPINE, place[0])
+        rectangle = rectangle.with_knot(SPINE if on_spine else 0, place[0])
     return rectangle
 
 
 def snapped(name: str, value: float) -> int:
-    """The nearest value that it makes sense to measure: whole tiles of tokens, batches that decode is padded to."""
+    """The nearest value that it makes sense to measure: what batches are padded to, whole tiles of tokens beyond."""
+    if name == "tokens" and value <= MOST_PREFILL_ROWS:
+        return min(prefill_sizes(), key=lambda size: abs(size - value))
     if name == "batch" and value < 6:
         return 4 if value > 3 else 2 if value > 1.5 else 1
-    step = {"tokens": 16 if value < 128 else 128, "mean_context": 64, "batch": 8}.get(name, 64)
+    step = {"tokens": 128, "mean_context": 64, "batch": 8}.get(name, 64)
     return max(step, round(value / step) * step)
 
 
@@ -389,7 +452,8 @@ def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
 
 def longest_sequence(config: ProfileConfig) -> int:
     """Tokens of the longest sequence that may be measured."""
-    most_kv = max(max(axes.kv_tokens) // min(axes.batch) for axes in (config.decode, config.both_decode))
+    works = [DecodeWork(min(axes.batch), max(axes.kv_tokens)) for axes in (config.decode, config.both_decode)]
+    most_kv = max(max(Decodes.of(work).lengths) for work in works)
     contexts = max(max(axes.mean_context) for axes in (config.prefill, config.both_prefill))
     return most_kv + contexts + config.max_num_batched_tokens
 
@@ -420,20 +484,31 @@ def choose_backends(
 
 
 def overheads(stopwatch: Stopwatch, areas: Iterable[Area], config: ProfileConfig) -> Overheads:
-    """Host time in no step, in the median over some typical batches: a fresh stopwatch sees to that."""
+    """Host time in no step, in the median over some typical batches: a fresh stopwatch sees to that.
+
+    Starting decode takes longer the more sequences there are: it is measured with the most and a quarter of them.
+    """
     prompts = Prompts.of(PrefillWork.at(_middle(config.prefill.tokens), config.prefill.mean_context[0]))
     decodes = Decodes.of(DecodeWork(_middle(config.decode.batch), _middle(config.decode.kv_tokens)))
+    most = max(config.decode.batch)
+    each = min(TYPICAL_LENGTH, max(config.decode.kv_tokens) // most)
+    few, many = (Decodes.of(DecodeWork(n, n * each)) for n in (-(-most // 4), most))
     splits = [area.at for area in areas if area.table == "hybrid" and area.at.mode is Mode.SPLIT]
+    starts_s = []
     for at in splits[:3]:
         stopwatch.prefill(prompts, at)
-        stopwatch.decode(decodes, at)
+        starts_s.append([stopwatch.decode_start_s(batch, at) for batch in (few, many)])
+    few_s, many_s = np.median(starts_s, axis=0)
+    more = len(many.lengths) - len(few.lengths)
+    each_s = max(0.0, many_s - few_s) / more if more else 0.0
     for area in areas:
         if area.table == "mixed":
             stopwatch.mixed(prompts, decodes, area.at)
     switch_s = stopwatch.switch_s(prompts, splits[0], splits[1]) if len(splits) > 1 else 0.0
     return Overheads(
         prefill_start_ms=stopwatch.start_ms(Phase.PREFILL),
-        decode_start_ms=stopwatch.start_ms(Phase.DECODE),
+        decode_start_ms=round(max(0.0, many_s - each_s * len(many.lengths)) * 1e3, 6),
+        decode_start_per_sequence_ms=round(each_s * 1e3, 6),
         mixed_start_ms=stopwatch.start_ms(Phase.MIXED),
         switch_ms=round(switch_s * 1e3, 6),
     )

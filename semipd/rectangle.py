@@ -1,4 +1,4 @@
-"""Full rectangles of measured places, and where one more value on an axis would help most."""
+"""Rectangles of measured places with a spine, and where one more value on an axis would help most."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 
 Place = tuple[int, ...]
 
+SPINE = -1
+"""Stands for the first axis where only the spine gets a value."""
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A value that an axis could get, and the one place at which to try what it would bring."""
+    """A value that an axis, or the spine, could get, and the one place at which to try what it would bring."""
 
     axis: int
     value: int
@@ -22,35 +25,55 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """Every combination of the values of some variables: ``names[i]`` takes ``values[i]``, ascending."""
+    """Every combination of the values of some variables: ``names[i]`` takes ``values[i]``, ascending.
+
+    ``spine``: more values of the first variable, between the ends of its values; the others have their least there.
+    """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
+    spine: tuple[int, ...] = ()
 
     def places(self) -> list[Place]:
-        """All of them, in row-major order."""
-        return list(itertools.product(*self.values))
+        """All of them: the spine, then the combinations in row-major order."""
+        return [place for value in self.spine for place in self.knot(SPINE, value)] + list(
+            itertools.product(*self.values)
+        )
 
     def knot(self, axis: int, value: int) -> list[Place]:
         """The places that another value on an axis adds."""
-        return list(itertools.product(*self.values[:axis], (value,), *self.values[axis + 1 :]))
+        if axis == SPINE:
+            return [(value, *(least for least, *_ in self.values[1:]))]
+        places = itertools.product(*self.values[:axis], (value,), *self.values[axis + 1 :])
+        known = {place for found in self.spine for place in self.knot(SPINE, found)}
+        return [place for place in places if place not in known]
 
     def with_knot(self, axis: int, value: int) -> Rectangle:
         """With these places."""
+        if axis == SPINE:
+            return self if value in self.values[0] else replace(self, spine=tuple(sorted({*self.spine, value})))
         more = tuple(sorted({*self.values[axis], value}))
-        return replace(self, values=(*self.values[:axis], more, *self.values[axis + 1 :]))
+        values = (*self.values[:axis], more, *self.values[axis + 1 :])
+        return replace(self, values=values, spine=tuple(x for x in self.spine if x not in values[0]))
 
     def probes(self, snap: Callable[[str, float], int]) -> list[Probe]:
-        """One between every two neighbours on every axis, in the middle of the other axes.
+        """One between every two neighbours on every axis, in the middle of the other axes; on a spine at their least.
 
         It lies at the geometric mean of the two, moved by ``snap`` to a value that the variable can have; there is none
         where that is one of the two.
         """
         middle = tuple(axis[len(axis) // 2] for axis in self.values)
+        least = tuple(axis[0] for axis in self.values)
+        along = [(axis, values, middle) for axis, values in enumerate(self.values)]
+        if self.spine:
+            along.append((SPINE, tuple(sorted((*self.spine, *self.values[0]))), least))
+        known = set(self.places())
         found = []
-        for axis, (name, values) in enumerate(zip(self.names, self.values, strict=True)):
+        for axis, values, elsewhere in along:
+            varied = max(axis, 0)
             for low, high in itertools.pairwise(values):
-                value = snap(name, float(np.sqrt(max(low, 1) * high)))
+                value = snap(self.names[varied], float(np.sqrt(max(low, 1) * high)))
                 if low < value < high:
-                    found.append(Probe(axis, value, (*middle[:axis], value, *middle[axis + 1 :])))
+                    place = (*elsewhere[:varied], value, *elsewhere[varied + 1 :])
+                    found += [Probe(axis, value, place)] if place not in known else []
         return found

@@ -95,7 +95,7 @@ class SimExecutor:
         self._outside = outside
         self._variation = variation
         self._phase_steps = dict.fromkeys(Phase, 0)  # of all runs that have ended
-        self._start_s = {phase: overheads.start_s(phase) for phase in Phase}
+        self._overheads = overheads
         self._switch_s = overheads.switch_ms / 1e3
         self._switched_s = 0.0  # until when the last change of allocation lasts
         self._allocation: Allocation | None = None  # of the last launch
@@ -134,7 +134,9 @@ class SimExecutor:
         if self._allocation is not None and allocation is not self._allocation and allocation != self._allocation:
             self._switched_s = now_s + self._switch_s
         self._allocation = allocation
-        begin_s = max(now_s, self._switched_s) + (0.0 if continues else self._start_s[run.phase])
+        begin_s = max(now_s, self._switched_s) + (
+            0.0 if continues else self._overheads.start_s(run.phase, len(run.requests))
+        )
         if begin_s > now_s:
             flight.steps.begin_s = begin_s
         if self._variation is not None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from semipd.core import Allocation, DecodeShape, FloatArray, Phase, PrefillShape, Request, Run, StepRecord
+from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Phase, PrefillShape, Request, Run, StepRecord
 from semipd.executor import Executor
 from semipd.sweep import DecodeWork, PrefillWork, Spread
 
@@ -27,7 +27,18 @@ COVERED = 0.8  # of a step's time the other phase has to be in flight
 BARELY_COVERED = 0.5  # where its runs are so short that no step is covered better
 TRIES = 2
 WHOLE_RUNS = 3
+START_RUNS = 7
 SETTLED = 40  # groups of small runs, none of which was faster than those before
+
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of which fill an interval evenly, wherever one stops
+
+
+def dealt(shares: FloatArray, total: int, least: int = 1) -> IntArray:
+    """Whole parts of a number, of at least ``least``, that are beyond it in proportion to these shares."""
+    ends = np.round(np.cumsum(shares) / shares.sum() * (total - least * len(shares))).astype(np.int64)
+    parts: IntArray = np.diff(ends, prepend=0) + least
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +67,12 @@ class Decodes:
 
     @staticmethod
     def of(work: DecodeWork) -> Decodes:
-        """Equal sequences."""
-        return Decodes(tuple(work.lengths()))
+        """Sequences as unequal as those that are served: evenly from a quarter to seven quarters of their mean.
+
+        Short and long ones alternate. Decode attention deals equal ones to the SMs more evenly than it can these.
+        """
+        shares: FloatArray = 0.25 + 1.5 * ((np.arange(work.batch, dtype=np.float64) + 0.5) * GOLDEN_RATIO % 1)
+        return Decodes(tuple(dealt(shares, max(work.kv_tokens, work.batch)).tolist()))
 
     @property
     def shape(self) -> DecodeShape:
@@ -134,7 +149,7 @@ class Stopwatch:
 
     A prefill layer's time is that of the layers between the first and the last, and its part of the last one's
     surplus (final norm, logits, sampling), which is measured once for each partition: so a run's price is its layers
-    times that. What a run takes until its first step begins is in no step; see ``start_ms``.
+    times that. What a run takes until its first step begins is in no step; see ``start_ms`` and ``decode_start_s``.
 
     Args:
         executor: Where runs are launched.
@@ -232,8 +247,17 @@ class Stopwatch:
             starts_s[pair] = float(np.median(_starts_s(records) or [0.0]))
         return max(0.0, starts_s[one, other] - starts_s[one, one])
 
+    def decode_start_s(self, batch: Decodes, at: Allocation) -> float:
+        """Median seconds from the end of a decode run to where the first step of the next one begins.
+
+        Taken over whole runs: under a steady load of long steps, no run may end.
+        """
+        records = [self._whole_run(self._decode(batch, at)) for _ in range(1 + START_RUNS)]
+        self._give_up({Phase.DECODE: records})
+        return max(0.0, float(np.median(_starts_s(records))))
+
     def start_ms(self, phase: Phase) -> float:
-        """Median time that passed between two runs of a phase, alone, that is in no step; 0 when none was seen."""
+        """Median time that passed between two runs, of prefill or fused, that is in no step; 0 when none was seen."""
         found = self._starts_s[phase]
         return max(0.0, round(float(np.median(found)) * 1e3, 6)) if found else 0.0
 
@@ -251,11 +275,10 @@ class Stopwatch:
         return self._sampling_s[at]
 
     def _alone(self, records: list[StepRecord]) -> FloatArray:
-        """Times of the steps that count of a phase that was alone; what lies between its runs is noted."""
-        times_s = self._settled(records).times_s
-        if self.layers >= 3 or records[0].run.phase is Phase.DECODE:
-            self._starts_s[records[0].run.phase] += _starts_s(records)
-        return times_s
+        """Times of the steps that count of a phase that was alone; what lies between runs of prefill is noted."""
+        if records[0].run.phase is Phase.PREFILL and self.layers >= 3:
+            self._starts_s[Phase.PREFILL] += _starts_s(records)
+        return self._settled(records).times_s
 
     def _settled(self, records: list[StepRecord]) -> Steps:
         """The steps that count, so far as the other phase has no say: after the load has settled, if any do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.holdout import errors, held_out
 from semipd.model_config import ModelConfig
+from semipd.padding import Padded
 from semipd.profile import load_profile
 from semipd.profiler import Progress
-from semipd.profiling import AXES, Area, Cell, areas_of, fitting, measured_places, relative_error, snapped
-from semipd.rectangle import Rectangle
+from semipd.profiling import AGAIN, AXES, Area, Cell, Drift, areas_of, fitting, measured_places, relative_error, snapped
+from semipd.rectangle import SPINE, Rectangle
 from semipd.sim import SimExecutor
-from semipd.sweep import HoldoutPoint, PrefillWork, read_points
+from semipd.sweep import HoldoutPoint, PrefillPoint, PrefillWork, read_points
 from semipd.table_cost import TableCost
 from semipd.tables import Tables
 
@@ -35,14 +37,16 @@ CONFIG = ProfileConfig(
     prefill_sms=(8, 16, 24),
     capped_sms=(16,),
     prefill=PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 4096)),
+    prefill_spine=(16, 1024, 2048, 8192),  # of which two lie between
     decode=DecodeAxes(batch=(1, 64), kv_tokens=(512, 65536)),
+    decode_spine=(8, 64),
     both_prefill=PrefillAxes(tokens=(16, 4096), mean_context=(64, 4096)),
     both_decode=DecodeAxes(batch=(8, 64), kv_tokens=(512, 65536)),
     max_num_seqs=64,
     settle_ms=1,
     measure_ms=4,
 )
-POINTS = {"prefill": 4 * 6, "decode": 4 * 4, "hybrid": 5 * 16, "mixed": 16}
+POINTS = {"prefill": 4 * (6 + 2), "decode": 4 * (4 + 1), "hybrid": 5 * 16, "mixed": 16}
 
 
 def subject(truth: ClosedFormCost = TRUTH, **changed: Any) -> Subject:
@@ -142,7 +146,7 @@ def after(points: int, kind: type[BaseException]) -> Any:
     return watched
 
 
-@pytest.mark.parametrize("points", [5, 40, 72, 136])
+@pytest.mark.parametrize("points", [5, 40, 84, 148])
 def test_whenever_it_stops_the_tables_hold_full_rectangles_and_resuming_measures_the_rest(
     points: int, tmp_path: Path
 ) -> None:
@@ -151,7 +155,7 @@ def test_whenever_it_stops_the_tables_hold_full_rectangles_and_resuming_measures
     assert first.interrupted
     assert not first.complete
     assert sum(len(table.points) for table in first.tables.values()) <= points
-    if points >= 24 + 16 + 16 + 16:  # each phase alone, fused batches, and the first way of sharing
+    if points >= 32 + 20 + 16 + 16:  # each phase alone, fused batches, and the first way of sharing
         cost = load_profile(out).cost()
         assert Allocation(Mode.SPLIT, 16, 16) in cost.splits
     seen: list[str] = []
@@ -180,7 +184,7 @@ def test_a_time_limit_ends_it_between_two_points(tmp_path: Path) -> None:
 def test_refinement_puts_values_where_the_model_errs(tmp_path: Path) -> None:
     """Prefill goes in stairs of 1,024 tokens here: between 512 and 4,096 a straight line is far off."""
     out = tmp_path / "p"
-    measure(out, ClosedFormCost(stair_tokens=1024), tolerance=0.05)
+    measure(out, ClosedFormCost(stair_tokens=1024), tolerance=0.05, prefill_spine=(), decode_spine=())
     tables = load_profile(out)
     coarse = {16, 512, 4096}
     added = {p.tokens for p in tables.prefill.points} - coarse
@@ -219,9 +223,65 @@ def test_rectangles_gain_whole_knots_and_probe_every_interval_once() -> None:
     assert Rectangle(("batch",), ((1, 2, 4, 8),)).probes(snapped) == []
 
 
+def test_a_spine_gains_single_places_and_gives_them_up_to_whole_knots() -> None:
+    rectangle = Rectangle(("batch", "kv_tokens"), ((8, 64), (512, 4096)), spine=(16, 32))
+    assert rectangle.places()[:2] == [(16, 512), (32, 512)]
+    assert len(set(rectangle.places())) == len(rectangle.places()) == 6
+    assert [(p.axis, p.value, p.place) for p in rectangle.probes(snapped)] == [
+        (0, 24, (24, 4096)), (1, 1472, (64, 1472)), (SPINE, 24, (24, 512)), (SPINE, 48, (48, 512)),
+    ]  # fmt: skip
+    assert rectangle.knot(SPINE, 24) == [(24, 512)]
+    assert rectangle.with_knot(SPINE, 24).spine == (16, 24, 32)
+    assert rectangle.knot(0, 16) == [(16, 4096)]  # the other place is known
+    whole = rectangle.with_knot(0, 16)
+    assert set(whole.places()) == {*rectangle.places(), *rectangle.knot(0, 16)}
+    assert whole.spine == (32,)
+
+
+def test_stairs_that_only_a_spine_has_cost_refinement_one_point_each(tmp_path: Path) -> None:
+    out, spine = tmp_path / "p", (1024, 2048)
+    measure(out, ClosedFormCost(stair_tokens=1024), tolerance=0.05, prefill_spine=spine, decode_spine=())
+    places = {(p.tokens, p.mean_context) for p in load_profile(out).prefill.points if p.sms == 32}
+    assert {t for t, m in places if m == 64} > {16, 512, 4096, *spine}
+    resumed = measure(
+        out, ClosedFormCost(stair_tokens=1024), True, tolerance=0.05, prefill_spine=spine, decode_spine=()
+    )
+    assert {(p.tokens, p.mean_context) for p in resumed.tables["prefill"].points if p.sms == 32} >= places
+
+
+def test_what_batches_are_padded_to_is_written_and_used(tmp_path: Path) -> None:
+    padded = Padded(batch=(8, 64), tokens=(512,))
+    unrefined = CONFIG.model_copy(update={"tolerance": 1000.0})
+    measure_profile(subject(padded=padded), unrefined, tmp_path / "p", ABOUT)
+    loaded = load_profile(tmp_path / "p")
+    assert loaded.padded == padded
+    whole = Allocation(Mode.EXCLUSIVE, 32, 32)
+    seconds = [loaded.cost().prefill_s(PrefillShape(t, t * 64.0), whole, None)[0] for t in (17, 512)]
+    assert seconds[0] == seconds[1]
+
+
+def test_first_points_are_measured_again_and_the_provenance_says_how_far_they_moved(tmp_path: Path) -> None:
+    measure(tmp_path / "p")
+    for table in POINTS:
+        drift = json.loads((tmp_path / "p" / f"{table}.json").read_text())["drift"]
+        assert drift["points"] == AGAIN
+        assert abs(drift["median"]) <= abs(drift["largest"]) < 1e-3  # this machine does not drift
+    before = PrefillPoint(8, 16, 64, 1, 16, 56, "fa2", 5, 1.0, 1.0, 1.0)
+    moved = Drift.of([(before, replace(before, median_ms=ms)) for ms in (1.01, 1.02, 0.95)])
+    assert moved == Drift(3, 0.01, -0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [("tokens", 70, 64), ("tokens", 300, 256), ("batch", 45, 48), ("batch", 1.4, 1), ("mean_context", 10, 64)],
+    [
+        ("tokens", 70, 64),
+        ("tokens", 300, 320),
+        ("tokens", 1150, 1024),
+        ("tokens", 2900, 2944),
+        ("batch", 45, 48),
+        ("batch", 1.4, 1),
+        ("mean_context", 10, 64),
+    ],
 )
 def test_values_are_snapped_to_what_kernels_and_batches_are_padded_to(name: str, value: float, expected: int) -> None:
     assert snapped(name, value) == expected

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from passing_on import PassingOn
 
+from semipd.config import DecodeAxes, ProfileConfig
 from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
 from semipd.overheads import Overheads
+from semipd.profiling import areas_of, overheads
 from semipd.sim import SimExecutor
 from semipd.stopwatch import (
     BARELY_COVERED,
@@ -23,6 +25,7 @@ from semipd.stopwatch import (
     Stopwatch,
     covered,
     covered_share,
+    dealt,
     inner_steps,
     spread_of,
 )
@@ -79,11 +82,31 @@ def test_what_runs_wait_for_is_found_and_is_in_no_step() -> None:
     assert stopwatch.prefill(prefill, AT).median_ms == pytest.approx(
         TRUTH.prefill_s(prefill.shape, AT, None)[0] * 1e3, rel=1e-4
     )
-    stopwatch.decode(decode, AT)
     assert stopwatch.start_ms(Phase.PREFILL) == pytest.approx(0.3, abs=1e-3)
-    assert stopwatch.start_ms(Phase.DECODE) == pytest.approx(0.2, abs=1e-2)  # later steps have more to read
+    assert stopwatch.decode_start_s(decode, AT) == pytest.approx(0.2e-3, abs=1e-5)  # later steps have more to read
     assert stopwatch.switch_s(prefill, AT, other) == pytest.approx(0.7e-3, abs=1e-6)
     assert stopwatch.start_ms(Phase.MIXED) == 0.0
+
+
+@pytest.mark.parametrize(("start_ms", "each_ms"), [(0.0, 0.0), (1.5, 0.0), (0.5, 0.02)])
+def test_the_start_of_decode_is_found_however_long_its_steps_are(start_ms: float, each_ms: float) -> None:
+    """A steady load that is over before the first run is has no start in it."""
+    truth = Overheads(decode_start_ms=start_ms, decode_start_per_sequence_ms=each_ms, prefill_start_ms=0.3)
+    config = ProfileConfig(
+        prefill_sms=(8, 16), capped_sms=(), modes=("split",), decode=DecodeAxes(batch=(8, 64), kv_tokens=(512, 96_000))
+    )
+    executor = SimExecutor(TRUTH, truth)
+    stopwatch = Stopwatch(executor, TRUTH.layers, settle_s=1e-6, measure_s=1e-6)
+    found = overheads(stopwatch, areas_of(config, TRUTH.device_sms), config)
+    assert found.decode_start_ms == pytest.approx(start_ms, abs=0.02)
+    assert found.decode_start_per_sequence_ms == pytest.approx(each_ms, abs=1e-3)
+    assert found.prefill_start_ms == pytest.approx(0.3, abs=1e-2)
+
+
+def test_dealt_parts_add_up_and_none_is_below_the_least() -> None:
+    parts = dealt(np.array([1.0, 5.0, 0.0]), total=100, least=3)
+    assert parts.sum() == 100
+    assert parts.min() >= 3
 
 
 class Forgotten:
@@ -184,9 +207,13 @@ def test_a_spread_is_of_the_means_of_blocks_and_counts_every_step(taken_ms: list
 
 
 @given(st.integers(1, 64), st.integers(2, 500))
-def test_equal_batches_have_the_shape_of_their_work(batch: int, each: int) -> None:
+def test_batches_have_the_shape_of_their_work_and_decode_batches_are_ragged(batch: int, each: int) -> None:
     work = DecodeWork(batch, batch * each)
     assert Decodes.of(work).shape == work.shape
+    lengths = np.array(Decodes.of(work).lengths)
+    assert lengths.min() >= max(1, each // 4 - 1)
+    assert batch < 4 or lengths.max() <= 2 * each
+    assert batch < 16 or each < 100 or 0.35 < lengths.std() / lengths.mean() < 0.5
     prefill = PrefillWork.at(128 * each, 64)
     assert Prompts.of(prefill).shape == prefill.shape
 

@@ -113,6 +113,7 @@ def profile(
 def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms: int) -> Iterator[Subject]:
     """The model on the device, opened to be measured."""
     from semipd.campaign import Subject
+    from semipd.padding import Padded, decode_sizes, prefill_sizes
     from semipd.profiling import longest_sequence
     from semipd.sequences import pooled_prompts
     from semipd.torch_executor import open_executor
@@ -142,4 +143,7 @@ def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms:
             names = tuple(name for name in config.backends if name != "fa3-sized" or model.head_dim == 128)
             kernels = {"backends": names or ("fa2",), "use_backend": use}
             kernels |= {"decode_backend": "fa2", "mixed_backend": "fa2"}
-        yield Subject(executor, model, device_sms, executor.num_blocks, forget=executor.forget, **kernels)
+        padded = Padded(batch=decode_sizes(config.max_num_seqs), tokens=prefill_sizes())
+        yield Subject(
+            executor, model, device_sms, executor.num_blocks, forget=executor.forget, padded=padded, **kernels
+        )

@@ -168,6 +168,7 @@ def _starts(profile: Profile) -> list[str]:
     of = {
         "a prefill run": host.prefill_start_ms,
         "a decode run": host.decode_start_ms,
+        "each of its sequences": host.decode_start_per_sequence_ms,
         "a fused step": host.mixed_start_ms,
     }
     return [f"{name} {ms:.2g} ms" for name, ms in of.items() if ms]
