@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from semipd.areas import Area, areas_of, blocks_of, expected_s, fitting
 from semipd.config import ProfileConfig
 from semipd.executor import Executor
 from semipd.holdout import measure, trials
@@ -18,19 +19,7 @@ from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
 from semipd.profile import ProfileHeader
 from semipd.profiler import Progress, within
-from semipd.profiling import (
-    AGAIN,
-    POINTS,
-    Area,
-    Backends,
-    Profiling,
-    areas_of,
-    blocks_of,
-    choose_backends,
-    expected_s,
-    fitting,
-    overheads,
-)
+from semipd.profiling import AGAIN, POINTS, Backends, Profiling, choose_backends, overheads
 from semipd.roofline import RooflineCost
 from semipd.stopwatch import Decodes, Prompts, Stopwatch
 from semipd.sweep import HoldoutPoint, TableWriter

@@ -9,12 +9,12 @@ from typing import Protocol
 
 import numpy as np
 
+from semipd.areas import Area
 from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig, build
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, Phase, PrefillShape
 from semipd.model_config import ModelConfig
 from semipd.profile import Profile
 from semipd.profiler import Progress
-from semipd.profiling import Area
 from semipd.roofline import fitted
 from semipd.stopwatch import Decodes, Prompts, Stopwatch, dealt
 from semipd.sweep import HoldoutPoint, Spread, TableWriter, read_points

@@ -1,7 +1,6 @@
 """What a model's profile is measured at, and in which order: first coarse rectangles, then where they err most.
 
-An *area* is one rectangle of one table: a phase alone on one partition, both phases in one way of sharing the device,
-or fused batches. An area, or a value that an axis gets, is saved when all of it is measured: whenever measuring stops,
+An area (``semipd.areas``), or a value that an axis gets, is saved when all of it is measured: whenever measuring stops,
 the tables hold full rectangles only.
 """
 
@@ -13,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from semipd.config import DecodeAxes, ProfileConfig
-from semipd.core import Allocation, DecodeShape, InputError, Mode, Phase, PrefillShape
+from semipd.areas import AXES, Area, Cell, snapped
+from semipd.config import ProfileConfig
+from semipd.core import InputError, Mode, Phase
 from semipd.cost import CostModel
 from semipd.overheads import Overheads
-from semipd.padding import MOST_PREFILL_ROWS, prefill_sizes
 from semipd.profiler import Progress
 from semipd.rectangle import SPINE, Place, Probe, Rectangle
-from semipd.roofline import RooflineCost
-from semipd.stopwatch import DECODE_STEPS, FEW_STEPS, STEPS, Decodes, Prompts, Stopwatch
+from semipd.stopwatch import Decodes, Prompts, Stopwatch
 from semipd.sweep import (
     DecodePoint,
     DecodeWork,
@@ -33,12 +31,6 @@ from semipd.sweep import (
     TableWriter,
 )
 
-AXES: Mapping[str, tuple[str, ...]] = {
-    "prefill": ("tokens", "mean_context"),
-    "decode": ("batch", "kv_tokens"),
-    "hybrid": ("tokens", "mean_context", "batch", "kv_tokens"),
-    "mixed": ("tokens", "mean_context", "batch", "kv_tokens"),
-}
 TYPICAL_TOKENS = 1024
 """Of each of two prompts, about as long as in conversations, for which prefill's attention kernel is chosen."""
 
@@ -84,71 +76,6 @@ class Drift:
 MEDIANS = ("median_ms", "prefill_median_ms", "decode_median_ms")
 
 
-@dataclass(frozen=True, slots=True)
-class Area:
-    """A table, and where its phases run: ``at`` is any allocation that has the partition of a phase that is alone."""
-
-    table: str
-    at: Allocation
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What its rows have in common."""
-        at = self.at
-        of = {"prefill": (at.prefill_sms,), "decode": (at.decode_sms,), "mixed": ()}
-        return self.table, *of.get(self.table, (at.mode.value, at.prefill_sms, at.decode_sms))
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        sms = {"prefill": f" on {self.at.prefill_sms} SMs", "decode": f" on {self.at.decode_sms} SMs"}
-        return self.table + sms.get(self.table, "" if self.table == "mixed" else f" {self.at.name}")
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One measurement: batches of one phase, or of both, in an area."""
-
-    area: Area
-    prefill: PrefillWork | None
-    decode: DecodeWork | None
-
-    @staticmethod
-    def at(area: Area, place: Place) -> Cell:
-        """The measurement at a place of a rectangle. Raises InputError when equal prompts cannot fill it."""
-        values = dict(zip(AXES[area.table], place, strict=True))
-        prefill = PrefillWork.at(values["tokens"], values["mean_context"]) if "tokens" in values else None
-        return Cell(area, prefill, DecodeWork(values["batch"], values["kv_tokens"]) if "batch" in values else None)
-
-    @property
-    def prompts(self) -> Prompts | None:
-        """The prefill batch."""
-        return Prompts.of(self.prefill) if self.prefill else None
-
-    @property
-    def decodes(self) -> Decodes | None:
-        """The decode batch."""
-        return Decodes.of(self.decode) if self.decode else None
-
-    @property
-    def prefill_shape(self) -> PrefillShape | None:
-        """As the cost model sees it."""
-        return self.prefill.shape if self.prefill else None
-
-    @property
-    def decode_shape(self) -> DecodeShape | None:
-        """As the cost model sees it."""
-        return self.decode.shape if self.decode else None
-
-    def __str__(self) -> str:
-        words = [self.area.name]
-        if self.prefill:
-            words.append(f"{self.prefill.seqs} x {self.prefill.seq_tokens} after {self.prefill.seq_context}")
-        if self.decode:
-            words.append(f"{self.decode.batch} x {self.decode.kv_tokens / self.decode.batch:.0f}")
-        return ", ".join(words)
-
-
 @dataclass(frozen=True)
 class Backends:
     """Names of the attention kernels, for the tables: prefill's by its SMs, decode's, and that of fused batches."""
@@ -156,49 +83,6 @@ class Backends:
     prefill: Callable[[int], str]
     decode: str
     mixed: str
-
-
-def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
-    """The coarse rectangles with their spines, in the order in which they are measured.
-
-    Phases alone come first, then fused batches, and the ways of sharing from the most even one on.
-
-    Raises InputError for sizes that the device does not have.
-    """
-    for name, sizes in (("prefill_sms", config.prefill_sms), ("capped_sms", config.capped_sms)):
-        for sms in sizes:
-            if sms >= device_sms:
-                raise InputError(f"{name}: found {sms}; expected less than the {device_sms} SMs of the device")
-    if unknown := sorted({*config.capped_sms} - {*config.prefill_sms}):
-        raise InputError(f"capped_sms: found {unknown[0]}; expected sizes that prefill_sms has")
-    whole = Allocation(Mode.EXCLUSIVE, device_sms, device_sms)
-    splits = [Allocation(Mode.SPLIT, n, device_sms - n) for n in sorted(set(config.prefill_sms))]
-    shared = {
-        "split": splits,
-        "capped": [Allocation(Mode.CAPPED, n, device_sms) for n in config.capped_sms],
-        "priority": [Allocation(Mode.PRIORITY, device_sms, device_sms)],
-    }
-    alone = [whole, *reversed(splits)]
-    decode_sizes = {at.decode_sms: at for at in alone}
-    found = {Area("prefill", at): config.prefill.values for at in alone}
-    found |= {Area("decode", at): config.decode.values for at in decode_sizes.values()}
-    both = (*config.both_prefill.values, *config.both_decode.values)
-    if "mixed" in config.modes:
-        mixed = Allocation(Mode.MIXED, device_sms, device_sms, max(config.both_prefill.tokens))
-        found[Area("mixed", mixed)] = both
-    ways = [at for mode in config.modes for at in shared.get(mode, ())]
-    for at in sorted(ways, key=lambda at: (at.mode is not Mode.SPLIT, abs(at.prefill_sms - device_sms / 2))):
-        found[Area("hybrid", at)] = both
-    spines = {"prefill": config.prefill_spine, "decode": config.decode_spine}
-    return {area: _rectangle(area.table, values, spines.get(area.table, ())) for area, values in found.items()}
-
-
-def _rectangle(table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int, ...]) -> Rectangle:
-    found = Rectangle(AXES[table], tuple(tuple(sorted(set(v))) for v in values))
-    for value in spine:
-        if found.values[0][0] < value < found.values[0][-1]:
-            found = found.with_knot(SPINE, value)
-    return found
 
 
 def measured_places(tables: Tables) -> dict[tuple[object, ...], set[Place]]:
@@ -385,16 +269,6 @@ def _widened(rectangle: Rectangle, places: set[Place]) -> Rectangle:
     return rectangle
 
 
-def snapped(name: str, value: float) -> int:
-    """The nearest value that it makes sense to measure: what batches are padded to, whole tiles of tokens beyond."""
-    if name == "tokens" and value <= MOST_PREFILL_ROWS:
-        return min(prefill_sizes(), key=lambda size: abs(size - value))
-    if name == "batch" and value < 6:
-        return 4 if value > 3 else 2 if value > 1.5 else 1
-    step = {"tokens": 128, "mean_context": 64, "batch": 8}.get(name, 64)
-    return max(step, round(value / step) * step)
-
-
 def relative_error(cost: CostModel, cell: Cell, point: Any) -> float:
     """How far, relatively, a cost model is off at a measured row, beyond half of the row's own spread (p10 to p90).
 
@@ -415,47 +289,6 @@ def relative_error(cost: CostModel, cell: Cell, point: Any) -> float:
         step_s = cost.decode_s(d, at, p)[0][0]
         found.append(beyond(step_s / cost.layers, "decode_" if p else ""))
     return max(found)
-
-
-def blocks_of(prefill: Prompts | None, decode: Decodes | None, block_size: int) -> int:
-    """KV blocks that a measurement takes at most."""
-    lengths: list[int] = []
-    if prefill:
-        lengths += [new + context for new, context in zip(prefill.new_tokens, prefill.context_lens, strict=True)]
-    if decode:
-        lengths += [max(length, 2) + DECODE_STEPS for length in decode.lengths]
-    return sum(-(-length // block_size) for length in lengths)
-
-
-def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
-    """The configuration without the KV token counts for which there is no room.
-
-    Raises InputError when none is left.
-    """
-
-    def room(axes: DecodeAxes, prefills: Sequence[PrefillWork]) -> DecodeAxes:
-        left = num_blocks - max((blocks_of(Prompts.of(work), None, config.block_size) for work in prefills), default=0)
-
-        def fits(kv: int) -> bool:
-            return all(blocks_of(None, Decodes.of(DecodeWork(b, kv)), config.block_size) <= left for b in axes.batch)
-
-        if not (kept := tuple(kv for kv in axes.kv_tokens if fits(kv))):
-            raise InputError(
-                f"kv_tokens: found {min(axes.kv_tokens)} or more; expected some that fit into {num_blocks} KV blocks, "
-                "beside prefill"
-            )
-        return axes.model_copy(update={"kv_tokens": kept})
-
-    both = [PrefillWork.at(t, m) for t in config.both_prefill.tokens for m in config.both_prefill.mean_context]
-    return config.model_copy(update={"decode": room(config.decode, ()), "both_decode": room(config.both_decode, both)})
-
-
-def longest_sequence(config: ProfileConfig) -> int:
-    """Tokens of the longest sequence that may be measured."""
-    works = [DecodeWork(min(axes.batch), max(axes.kv_tokens)) for axes in (config.decode, config.both_decode)]
-    most_kv = max(max(Decodes.of(work).lengths) for work in works)
-    contexts = max(max(axes.mean_context) for axes in (config.prefill, config.both_prefill))
-    return most_kv + contexts + config.max_num_batched_tokens
 
 
 def choose_backends(
@@ -500,14 +333,14 @@ def overheads(stopwatch: Stopwatch, areas: Iterable[Area], config: ProfileConfig
         starts_s.append([stopwatch.decode_start_s(batch, at) for batch in (few, many)])
     few_s, many_s = np.median(starts_s, axis=0)
     more = len(many.lengths) - len(few.lengths)
-    each_s = max(0.0, many_s - few_s) / more if more else 0.0
+    each_s = min(max(0.0, many_s - few_s) / more, many_s / most) if more else 0.0
     for area in areas:
         if area.table == "mixed":
             stopwatch.mixed(prompts, decodes, area.at)
     switch_s = stopwatch.switch_s(prompts, splits[0], splits[1]) if len(splits) > 1 else 0.0
     return Overheads(
         prefill_start_ms=stopwatch.start_ms(Phase.PREFILL),
-        decode_start_ms=round(max(0.0, many_s - each_s * len(many.lengths)) * 1e3, 6),
+        decode_start_ms=round(max(0.0, many_s - each_s * most) * 1e3, 6),
         decode_start_per_sequence_ms=round(each_s * 1e3, 6),
         mixed_start_ms=stopwatch.start_ms(Phase.MIXED),
         switch_ms=round(switch_s * 1e3, 6),
@@ -516,21 +349,3 @@ def overheads(stopwatch: Stopwatch, areas: Iterable[Area], config: ProfileConfig
 
 def _middle(values: Sequence[int]) -> int:
     return sorted(values)[len(values) // 2]
-
-
-def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> float:
-    """About how long a measurement takes, if steps take what a roofline says."""
-    at, p, d = cell.area.at, cell.prefill_shape, cell.decode_shape
-    steps_s = []
-    if p and d and at.mode is Mode.MIXED:
-        steps_s = [roofline.mixed_s(p, d)[0]]
-    else:
-        steps_s += [roofline.prefill_s(p, at, None)[0]] if p else []
-        steps_s += [float(roofline.decode_s(d, at, None)[0][0])] if d else []
-    load_s = (config.settle_ms + config.measure_ms) / 1e3
-    slow_s = max(steps_s)
-    return max(load_s, min((STEPS + 2) * slow_s, config.limit_ms / 1e3), (FEW_STEPS + 2) * slow_s) + HOST_S
-
-
-HOST_S = 0.03
-"""About what the host does for a measurement while the device idles."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from closed_form_cost import ClosedFormCost
 
+from semipd.areas import AXES, Area, Cell, areas_of, fitting, snapped
 from semipd.campaign import Measured, Subject, measure_profile
 from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
@@ -20,7 +21,7 @@ from semipd.model_config import ModelConfig
 from semipd.padding import Padded
 from semipd.profile import load_profile
 from semipd.profiler import Progress
-from semipd.profiling import AGAIN, AXES, Area, Cell, Drift, areas_of, fitting, measured_places, relative_error, snapped
+from semipd.profiling import AGAIN, Drift, measured_places, relative_error
 from semipd.rectangle import SPINE, Rectangle
 from semipd.sim import SimExecutor
 from semipd.sweep import HoldoutPoint, PrefillPoint, PrefillWork, read_points

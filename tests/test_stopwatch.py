@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from passing_on import PassingOn
 
+from semipd.areas import areas_of
 from semipd.config import DecodeAxes, ProfileConfig
 from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
 from semipd.overheads import Overheads
-from semipd.profiling import areas_of, overheads
+from semipd.profiling import overheads
 from semipd.sim import SimExecutor
 from semipd.stopwatch import (
     BARELY_COVERED,

@@ -112,9 +112,9 @@ def profile(
 @contextmanager
 def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms: int) -> Iterator[Subject]:
     """The model on the device, opened to be measured."""
+    from semipd.areas import longest_sequence
     from semipd.campaign import Subject
     from semipd.padding import Padded, decode_sizes, prefill_sizes
-    from semipd.profiling import longest_sequence
     from semipd.sequences import pooled_prompts
     from semipd.torch_executor import open_executor
 
