@@ -139,7 +139,7 @@ def _rectangle(table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int
 def snapped(name: str, value: float) -> int:
     """The nearest value that it makes sense to measure: what batches are padded to, whole tiles of tokens beyond."""
     if name == "tokens" and value <= MOST_PREFILL_ROWS:
-        return min(prefill_sizes(), key=lambda size: abs(size - value))
+        return min(prefill_sizes(MOST_PREFILL_ROWS), key=lambda size: abs(size - value))
     if name == "batch" and value < 6:
         return 4 if value > 3 else 2 if value > 1.5 else 1
     step = {"tokens": 128, "mean_context": 64, "batch": 8}.get(name, 64)

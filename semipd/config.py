@@ -376,7 +376,7 @@ class ProfileConfig(Strict):
     capped_sms: tuple[Positive, ...] = (32, 64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
     prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 2048, 8192), mean_context=(64, 4096, 32768))
-    prefill_spine: tuple[Positive, ...] = (*prefill_sizes(), 3072, 4096, 6144)
+    prefill_spine: tuple[Positive, ...] = (*prefill_sizes(2048), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = decode_sizes(256)
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 256, 1024, 4096), mean_context=(64, 16384))

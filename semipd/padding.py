@@ -8,6 +8,9 @@ from itertools import pairwise
 MOST_PREFILL_ROWS = 1024
 """Of a prefill batch whose layers are captured; a larger one keeps the device busy while the host launches kernels."""
 
+TILE_ROWS = 128
+"""Of a matrix product: larger batches are computed in whole tiles."""
+
 
 def decode_rows(sequences: int, most: int) -> int:
     """Rows of a decode batch: 1, 2, 4, then multiples of 8, at most ``most``."""
@@ -30,14 +33,15 @@ def decode_sizes(most: int) -> tuple[int, ...]:
     return tuple(sorted({decode_rows(n, most) for n in range(1, most + 1)}))
 
 
-def prefill_sizes(most: int = MOST_PREFILL_ROWS) -> tuple[int, ...]:
-    """All that batches of at most so many tokens are padded to, ascending."""
-    return tuple(sorted({prefill_rows(n, most) for n in range(1, most + 1)}))
+def prefill_sizes(most: int) -> tuple[int, ...]:
+    """Rows that are computed for prefill batches of at most so many tokens: padded, or in whole tiles, ascending."""
+    padded = {prefill_rows(n) for n in range(1, min(most, MOST_PREFILL_ROWS) + 1)}
+    return (*sorted(padded), *range(MOST_PREFILL_ROWS + TILE_ROWS, most + 1, TILE_ROWS))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
-    """The sizes that batches were padded to when they were measured, ascending; above the last they were not."""
+    """The sizes, ascending, that batches count as: those that they were padded to when measured, or whole tiles."""
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, in profiles
 

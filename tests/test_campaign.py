@@ -277,7 +277,7 @@ def test_first_points_are_measured_again_and_the_provenance_says_how_far_they_mo
     [
         ("tokens", 70, 64),
         ("tokens", 300, 320),
-        ("tokens", 1150, 1024),
+        ("tokens", 950, 896),
         ("tokens", 2900, 2944),
         ("batch", 45, 48),
         ("batch", 1.4, 1),

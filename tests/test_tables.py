@@ -25,7 +25,12 @@ SPINE_BATCHES = (1, 2, 4, 8, 16, 24, 40, 48, 64)
 SPINE_TOKENS = (16, 48, 64, 112, 160, 256, 512, 640, 2048, 3072, 8192)
 COARSE_BATCHES, KV_TOKENS = (1, 16, 64), (512, 4096, 65536)
 COARSE_TOKENS, CONTEXTS = (16, 256, 8192), (64, 1024, 8192)
-SIZES = Padded(batch=decode_sizes(64), tokens=prefill_sizes())
+SIZES = Padded(batch=decode_sizes(64), tokens=prefill_sizes(2048))
+
+
+def computed_rows(tokens: int) -> int:
+    """Of a prefill batch: padded up to 1,024, in tiles of 128 from there to 2,048."""
+    return prefill_rows(tokens) if tokens <= 1024 else -(-tokens // 128) * 128 if tokens <= 2048 else tokens
 
 
 def decode_stair_ms(rows: float) -> float:
@@ -64,7 +69,7 @@ def decode_table(rows_of: Callable[[int], int] = lambda n: n) -> list[DecodePoin
 
 def prefill_table() -> list[PrefillPoint]:
     places = {(t, CONTEXTS[0]) for t in SPINE_TOKENS} | {(t, c) for t in COARSE_TOKENS for c in CONTEXTS}
-    return [prefill_point(t, c, prefill_rows(t)) for t, c in sorted(places)]
+    return [prefill_point(t, c, computed_rows(t)) for t, c in sorted(places)]
 
 
 def model(
@@ -108,9 +113,9 @@ def test_a_padded_decode_batch_has_the_stair_of_its_rows_and_its_own_attention(b
     assert decode_ms(model(padded=SIZES), batch, kv_tokens) == pytest.approx(expected_ms, rel=1e-9)
 
 
-@given(st.sampled_from([n for n in range(16, 2049) if prefill_rows(n) in SPINE_TOKENS]), st.integers(64, 8192))
+@given(st.sampled_from([n for n in range(16, 2049) if computed_rows(n) in SPINE_TOKENS]), st.integers(64, 8192))
 def test_a_padded_prefill_batch_has_the_stair_of_its_rows_and_its_own_attention(tokens: int, context: int) -> None:
-    expected_ms = prefill_stair_ms(prefill_rows(tokens)) + prefill_attention_ms(tokens, context)
+    expected_ms = prefill_stair_ms(computed_rows(tokens)) + prefill_attention_ms(tokens, context)
     assert prefill_ms(model(padded=SIZES), tokens, context) == pytest.approx(expected_ms, rel=1e-9)
 
 
@@ -121,6 +126,13 @@ def test_on_the_spine_a_time_stays_between_its_measured_neighbours(batch: int) -
     for padded in (Padded(), SIZES):
         found_ms = decode_ms(model(padded=padded), batch, KV_TOKENS[0])
         assert decode_stair_ms(low) - 1e-12 <= found_ms <= decode_stair_ms(high) + 1e-12
+
+
+def test_sizes_are_those_that_the_executor_pads_to_and_whole_tiles_beyond() -> None:
+    assert [next(s for s in SIZES.tokens if s >= n) for n in range(1, 2049)] == [
+        computed_rows(n) for n in range(1, 2049)
+    ]
+    assert [next(s for s in SIZES.batch if s >= n) for n in range(1, 65)] == [decode_rows(n, 64) for n in range(1, 65)]
 
 
 def test_above_the_last_size_nothing_is_padded() -> None:
@@ -158,7 +170,7 @@ def mixed_table() -> list[MixedPoint]:
 
 
 def mixed_ms(tokens: float, context: float, batch: float, kv_tokens: float) -> float:
-    rows = prefill_rows(int(tokens + batch))
+    rows = computed_rows(int(tokens + batch))
     known = np.interp(rows, SPINE_TOKENS, [prefill_stair_ms(t) for t in SPINE_TOKENS])
     return float(known) + 1e-7 * tokens * context + 2e-5 * kv_tokens + 1e-3 * batch
 
@@ -168,7 +180,7 @@ def test_a_fused_step_has_the_stair_of_the_rows_of_both(tokens: int, context: in
     found_s, outside = model(mixed=mixed_table(), padded=SIZES).mixed_s(
         PrefillShape(tokens, float(tokens * context)), DecodeShape(batch, kv)
     )
-    rows = prefill_rows(tokens + batch)
+    rows = computed_rows(tokens + batch)
     if rows in SPINE_TOKENS:  # elsewhere the size is between two that were measured, and so is the time
         assert found_s / LAYERS * 1e3 == pytest.approx(mixed_ms(tokens, context, batch, kv), rel=1e-9)
     assert not outside

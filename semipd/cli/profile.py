@@ -143,7 +143,7 @@ def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms:
             names = tuple(name for name in config.backends if name != "fa3-sized" or model.head_dim == 128)
             kernels = {"backends": names or ("fa2",), "use_backend": use}
             kernels |= {"decode_backend": "fa2", "mixed_backend": "fa2"}
-        padded = Padded(batch=decode_sizes(config.max_num_seqs), tokens=prefill_sizes())
+        padded = Padded(batch=decode_sizes(config.max_num_seqs), tokens=prefill_sizes(config.max_num_batched_tokens))
         yield Subject(
             executor, model, device_sms, executor.num_blocks, forget=executor.forget, padded=padded, **kernels
         )
