@@ -17,7 +17,7 @@ namespace semipd {
 
 // The measured values of one variable of a grid, ascending, and how to place a number among them. Beyond
 // `low` and `high` is outside the grid, and clamped to the first or last value. With `log`, weights are
-// linear in the number's logarithm.
+// linear in the logarithm of the number and an `offset`.
 class Axis {
   public:
     struct Place {
@@ -27,12 +27,10 @@ class Axis {
         bool outside;
     };
 
-    Axis(std::vector<double> values, double low, double high, bool log)
-        : low(low), high(high), log(log), values(std::move(values)), knots_(this->values) {
+    Axis(std::vector<double> values, double low, double high, bool log, double offset)
+        : low(low), high(high), log(log), offset(offset), values(std::move(values)), knots_(this->values) {
         if (this->values.empty()) throw std::invalid_argument("an axis without values");
-        if (log)
-            std::transform(knots_.begin(), knots_.end(), knots_.begin(),
-                           [](double x) { return std::log2(x); });
+        std::transform(knots_.begin(), knots_.end(), knots_.begin(), [this](double x) { return along(x); });
     }
 
     Place place(double x) const {
@@ -42,16 +40,19 @@ class Axis {
         if (x <= values.front()) return {0, {1.0, 0.0}, 2, outside};
         if (x >= values.back()) return {last - 1, {0.0, 1.0}, 2, outside};
         const std::size_t i = std::upper_bound(values.begin(), values.end(), x) - values.begin() - 1;
-        const double weight = ((log ? std::log2(x) : x) - knots_[i]) / (knots_[i + 1] - knots_[i]);
+        const double weight = (along(x) - knots_[i]) / (knots_[i + 1] - knots_[i]);
         return {i, {1 - weight, weight}, 2, outside};
     }
 
     double low;
     double high;
     bool log;
+    double offset;
     std::vector<double> values;
 
   private:
+    double along(double x) const { return log ? std::log2(x + offset) : x; }
+
     std::vector<double> knots_;
 };
 

@@ -38,15 +38,17 @@ PYBIND11_MODULE(_steps, m) {
     m.doc() = "What steps cost and when they end; semipd.table_cost and semipd.sim say what for.";
 
     py::class_<Axis>(m, "Axis")
-        .def(py::init<std::vector<double>, double, double, bool>(), py::arg("values"), py::arg("low"),
-             py::arg("high"), py::arg("log"))
+        .def(py::init<std::vector<double>, double, double, bool, double>(), py::arg("values"),
+             py::arg("low"), py::arg("high"), py::arg("log"), py::arg("offset") = 0.0)
         .def_readonly("low", &Axis::low)
         .def_readonly("high", &Axis::high)
         .def(py::pickle(
-            [](const Axis& axis) { return py::make_tuple(axis.values, axis.low, axis.high, axis.log); },
+            [](const Axis& axis) {
+                return py::make_tuple(axis.values, axis.low, axis.high, axis.log, axis.offset);
+            },
             [](const py::tuple& state) {
                 return Axis(state[0].cast<std::vector<double>>(), state[1].cast<double>(),
-                            state[2].cast<double>(), state[3].cast<bool>());
+                            state[2].cast<double>(), state[3].cast<bool>(), state[4].cast<double>());
             }));
 
     py::class_<Grid>(m, "Grid")

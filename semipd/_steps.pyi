@@ -7,10 +7,11 @@ from semipd.core import FloatArray
 class Axis:
     """The measured values of one variable of a grid, ascending; beyond ``low`` and ``high`` is outside the grid.
 
-    A number between two values is weighted by its distance to them, or with ``log`` by that of its logarithm.
+    A number between two values is weighted by its distance to them, or with ``log`` by that of the logarithm of it
+    and an ``offset``.
     """
 
-    def __init__(self, values: Sequence[float], low: float, high: float, log: bool) -> None: ...
+    def __init__(self, values: Sequence[float], low: float, high: float, log: bool, offset: float = 0.0) -> None: ...
     @property
     def low(self) -> float: ...
     @property

@@ -196,6 +196,7 @@ def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> flo
     else:
         steps_s += [roofline.prefill_s(p, at, None)[0]] if p else []
         steps_s += [float(roofline.decode_s(d, at, None)[0][0])] if d else []
-    load_s = (config.settle_ms + config.measure_ms) / 1e3
+    limited = at.mode is Mode.EXCLUSIVE or (p and d)
+    load_s = ((config.limited_settle_ms if limited else config.settle_ms) + config.measure_ms) / 1e3
     slow_s = max(steps_s)
     return max(load_s, min((STEPS + 2) * slow_s, config.limit_ms / 1e3), (FEW_STEPS + 2) * slow_s) + HOST_S

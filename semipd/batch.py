@@ -93,7 +93,7 @@ def next_batch(
     new_tokens: list[int] = []
     contexts: list[int] = []
     emits: list[bool] = []
-    blocks, pairs, left = 0, 0.0, tokens
+    blocks, pairs, mean_contexts, left = 0, 0.0, 0.0, tokens
     ahead: set[int] = set()
     for sequence in waiting:
         keys, done, whole = sequence.keys, sequence.prefilled, sequence.length
@@ -113,8 +113,9 @@ def next_batch(
             ahead.update(keys[: (done + new) // cache.unit_tokens])
         blocks = blocks_after
         pairs += new * (done + new / 2)
+        mean_contexts += done + new / 2
         left -= new
     if not sequences:
         return None
-    shape = PrefillShape(tokens - left, pairs)
+    shape = PrefillShape(tokens - left, pairs, mean_contexts)
     return PrefillBatch(tuple(sequences), tuple(new_tokens), tuple(contexts), tuple(emits), blocks, shape, layers)

@@ -24,7 +24,7 @@ from semipd.roofline import RooflineCost
 from semipd.stopwatch import Decodes, Prompts, Stopwatch
 from semipd.sweep import HoldoutPoint, TableWriter
 from semipd.table_cost import TableCost
-from semipd.tables import Tables
+from semipd.tables import Scales, Tables
 
 ALONE_SHARE = 0.5
 """Of the time for refinement, what the phases alone may take: all other tables are multiples of theirs."""
@@ -174,8 +174,9 @@ class Campaign:
             self._note(f"drift of {name}: {drift}")
         if not config.holdout:
             return True
+        stopwatch = self._new_stopwatch(at_random=True)
         drawn = [t for t in trials(config, self._areas) if self._fits(t.prefill, t.decode)]
-        return self._drive("held out", measure(drawn, self._stopwatch, self._tables["holdout"]), self._left_s())
+        return self._drive("held out", measure(drawn, stopwatch, self._tables["holdout"]), self._left_s())
 
     def _drive(self, name: str, steps: Iterator[Progress], seconds: float) -> bool:
         """Take the steps, at most for so long; whether they came to their end."""
@@ -196,16 +197,19 @@ class Campaign:
         tables = Tables.of(
             points["prefill"], points["decode"], points["hybrid"], points.get("mixed", ()),
             device_sms=self._subject.device_sms, layers=self._subject.model.layers, padded=self._subject.padded,
+            scales=Scales.of(self._subject.model.weights_bytes, self._subject.model.kv_bytes_per_token),
         )  # fmt: skip
         return TableCost(tables)
 
-    def _new_stopwatch(self) -> Stopwatch:
+    def _new_stopwatch(self, *, at_random: bool = False) -> Stopwatch:
+        """``at_random``: for measurements that follow one another at random, so that clocks have farther to go."""
         config, subject = self._config, self._subject
         return Stopwatch(
             subject.executor,
             subject.model.layers,
             forget=subject.forget,
-            settle_s=config.settle_ms / 1e3,
+            settle_s=(config.limited_settle_ms if at_random else config.settle_ms) / 1e3,
+            limited_settle_s=config.limited_settle_ms / 1e3,
             measure_s=config.measure_ms / 1e3,
             limit_s=config.limit_ms / 1e3,
         )

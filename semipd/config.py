@@ -367,9 +367,10 @@ class ProfileConfig(Strict):
     their rectangle is left out. From there on, values are added where the cost model errs by more than
     ``tolerance``, as time allows; KV tokens that do not fit into memory are left out. ``backends``: attention kernels
     that prefill may use, of which the fastest is taken on each partition. ``warmup_s``: small runs before all else, at
-    most for so long. ``settle_ms``: load before a measurement; ``measure_ms``: its length, and with long steps at most
-    about ``limit_ms``. ``holdout``: random points to measure last, and to hold the cost model against.
-    ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
+    most for so long. ``settle_ms``: load before a measurement of one phase on a part of the SMs, ``limited_settle_ms``
+    before one of what may reach the power limit: both phases, or the whole device. ``measure_ms``: its length, and with
+    long steps at most about ``limit_ms``. ``holdout``: random points to measure last, and to hold the cost model
+    against. ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
     """
 
     prefill_sms: Axis = (16, 32, 48, 64, 80, 96, 112)
@@ -378,13 +379,14 @@ class ProfileConfig(Strict):
     prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 2048, 8192), mean_context=(64, 4096, 32768))
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(2048), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
-    decode_spine: tuple[Positive, ...] = decode_sizes(256)
-    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 256, 1024, 4096), mean_context=(64, 16384))
+    decode_spine: tuple[Positive, ...] = (*decode_sizes(32), *range(48, 256, 16))
+    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 96, 640, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 64, 256), kv_tokens=(512, 131072, 524288))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03
-    warmup_s: NotNegative = 20.0
+    warmup_s: NotNegative = 5.0
     settle_ms: NotNegative = 20.0
+    limited_settle_ms: NotNegative = 120.0
     measure_ms: PositiveFloat = 50.0
     limit_ms: PositiveFloat = 400.0
     holdout: Annotated[int, Field(ge=0)] = 0

@@ -118,21 +118,28 @@ class PrefillShape:
     """A prefill batch as the cost model sees it.
 
     ``tokens``: new tokens of the batch. ``pairs``: query-key pairs they attend to, sum of q * (c + q / 2) over
-    the batch's prompts with q new tokens after c cached ones.
+    the batch's prompts with q new tokens after c cached ones. ``contexts``: sum of c + q / 2 over the prompts; that of
+    one prompt unless given.
     """
 
     tokens: int
     pairs: float
+    contexts: float
 
-    def __init__(self, tokens: int, pairs: float) -> None:
+    def __init__(self, tokens: int, pairs: float, contexts: float | None = None) -> None:
         self.tokens = tokens
         self.pairs = pairs
+        self.contexts = (pairs / tokens if tokens else 0.0) if contexts is None else contexts
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PrefillShape) and self.tokens == other.tokens and self.pairs == other.pairs
+        return isinstance(other, PrefillShape) and (self.tokens, self.pairs, self.contexts) == (
+            other.tokens,
+            other.pairs,
+            other.contexts,
+        )
 
     def __hash__(self) -> int:
-        return hash((self.tokens, self.pairs))
+        return hash((self.tokens, self.pairs, self.contexts))
 
     @property
     def mean_context(self) -> float:
@@ -142,8 +149,9 @@ class PrefillShape:
     @staticmethod
     def of(new_tokens: tuple[int, ...], context_lens: tuple[int, ...]) -> PrefillShape:
         """Shape of a ragged batch: new tokens and cached tokens of each prompt."""
-        pairs = sum([q * (context_lens[i] + q / 2) for i, q in enumerate(new_tokens)])
-        return PrefillShape(sum(new_tokens), pairs)
+        contexts = [context_lens[i] + q / 2 for i, q in enumerate(new_tokens)]
+        pairs = sum([q * contexts[i] for i, q in enumerate(new_tokens)])
+        return PrefillShape(sum(new_tokens), pairs, sum(contexts))
 
 
 @dataclass(slots=True, eq=False, init=False)

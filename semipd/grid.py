@@ -12,15 +12,15 @@ FLOORS: Mapping[str, float] = {"tokens": 16, "mean_context": 64, "batch": 8, "kv
 """Work below which a step takes no less time to speak of, since kernels compute whole tiles (docs/profiles.md)."""
 
 
-def axis(name: str, values: Sequence[float], *, log: bool = False, high: float = 0.0) -> Axis:
+def axis(name: str, values: Sequence[float], *, log: bool = False, offset: float = 0.0, high: float = 0.0) -> Axis:
     """The measured values of one variable of a grid, ascending.
 
-    ``log``: weights are linear in a number's logarithm. Beyond the last value is outside the grid. So is below the
-    first, unless the first is at most the variable's floor, below which nothing gets cheaper. ``high``: up to where
-    the last value still holds, if farther than itself.
+    ``log``: weights are linear in the logarithm of a number and ``offset``. Beyond the last value is outside the grid.
+    So is below the first, unless the first is at most the variable's floor, below which nothing gets cheaper. ``high``:
+    up to where the last value still holds, if farther than itself.
     """
     low = 0.0 if values[0] <= FLOORS.get(name, 0) else values[0]
-    return Axis(values, low, max(values[-1], high), log)
+    return Axis(values, low, max(values[-1], high), log, offset)
 
 
 def axis_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where: str) -> list[list[int]]:

@@ -28,6 +28,11 @@ def prefill_rows(tokens: int, most: int = MOST_PREFILL_ROWS) -> int:
     return min(most, -(-tokens // step) * step)
 
 
+def attention_queries(heads_per_key: int) -> int:
+    """New tokens of a prompt that flashinfer's prefill kernels compute at once, for so many heads that share keys."""
+    return max(1, 128 // heads_per_key)
+
+
 def decode_sizes(most: int) -> tuple[int, ...]:
     """All that ``decode_rows`` gives, ascending."""
     return tuple(sorted({decode_rows(n, most) for n in range(1, most + 1)}))
@@ -41,15 +46,21 @@ def prefill_sizes(most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
-    """The sizes, ascending, that batches count as: those that they were padded to when measured, or whole tiles."""
+    """What batches count as: sizes, ascending, that they were padded to when measured, or whole tiles.
+
+    ``queries``: new tokens of a prompt that attention computes at once.
+    """
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, in profiles
 
     batch: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
+    queries: int = 1
 
     def __post_init__(self) -> None:
-        for name, sizes in vars(self).items():
+        if self.queries < 1:
+            raise ValueError(f"queries: found {self.queries}; expected at least 1")
+        for name, sizes in (("batch", self.batch), ("tokens", self.tokens)):
             if any(low >= high for low, high in pairwise((0, *sizes))):
                 raise ValueError(f"{name}: found {list(sizes)}; expected ascending sizes from one on")
 

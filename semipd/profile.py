@@ -24,7 +24,7 @@ from semipd.sweep import (
     read_table,
 )
 from semipd.table_cost import TableCost
-from semipd.tables import Tables
+from semipd.tables import Scales, Tables
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -76,6 +76,7 @@ class Profile(ProfileHeader):
                 device_sms=self.device_sms,
                 layers=self.layers,
                 padded=self.padded,
+                scales=Scales.of(self.weights_bytes, self.kv_bytes_per_token),
                 source=str(self.folder),
             )
         )

@@ -13,7 +13,18 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from semipd.core import Allocation, DecodeShape, FloatArray, IntArray, Phase, PrefillShape, Request, Run, StepRecord
+from semipd.core import (
+    Allocation,
+    DecodeShape,
+    FloatArray,
+    IntArray,
+    Mode,
+    Phase,
+    PrefillShape,
+    Request,
+    Run,
+    StepRecord,
+)
 from semipd.executor import Executor
 from semipd.sweep import DecodeWork, PrefillWork, Spread
 
@@ -155,7 +166,9 @@ class Stopwatch:
         executor: Where runs are launched.
         layers: Of the model.
         forget: Told the ids of requests that will not go on.
-        settle_s: Load before the steps that count.
+        settle_s: Load before the steps that count, of one phase on a part of the SMs.
+        limited_settle_s: The same of what may reach the device's power limit, where clocks take longer to settle: both
+            phases, or the whole device. As ``settle_s`` if not given.
         measure_s: Load with steps that count, at least.
         limit_s: After which a few steps have to do.
     """
@@ -167,12 +180,14 @@ class Stopwatch:
         *,
         forget: Callable[[tuple[int, ...]], None] = lambda ids: None,  # noqa: ARG005 - nothing is kept
         settle_s: float = 0.02,
+        limited_settle_s: float | None = None,
         measure_s: float = 0.05,
         limit_s: float = 0.4,
     ) -> None:
         self.layers = layers
         self._executor, self._forget = executor, forget
         self._settle_s, self._measure_s, self._limit_s = settle_s, measure_s, limit_s
+        self._limited_settle_s = settle_s if limited_settle_s is None else limited_settle_s
         self._runs = 0
         self._sampling_s: dict[Allocation, float] = {}
         self._starts_s: dict[Phase, list[float]] = {phase: [] for phase in Phase}
@@ -180,14 +195,16 @@ class Stopwatch:
     def prefill(self, batch: Prompts, at: Allocation) -> Spread:
         """A layer of the batch, alone on its partition."""
         sampling_s = self._sampling(at)
-        records = self._steady({Phase.PREFILL: self._prefill(batch, at)})[Phase.PREFILL]
-        times_s = self._alone(records)
+        settle_s = self._settle_alone_s(at)
+        records = self._steady({Phase.PREFILL: self._prefill(batch, at)}, settle_s)[Phase.PREFILL]
+        times_s = self._alone(records, settle_s)
         return spread_of((times_s + sampling_s / self.layers) * 1e3)
 
     def decode(self, batch: Decodes, at: Allocation) -> Spread:
         """A layer of a decode step, alone on its partition."""
-        records = self._steady({Phase.DECODE: self._decode(batch, at)})[Phase.DECODE]
-        return spread_of(self._alone(records) / self.layers * 1e3)
+        settle_s = self._settle_alone_s(at)
+        records = self._steady({Phase.DECODE: self._decode(batch, at)}, settle_s)[Phase.DECODE]
+        return spread_of(self._alone(records, settle_s) / self.layers * 1e3)
 
     def both(self, prefill: Prompts, decode: Decodes, at: Allocation) -> tuple[Spread, Spread]:
         """A layer of each phase while the other runs.
@@ -196,10 +213,14 @@ class Stopwatch:
         """
         sampling_s = self._sampling(at)
         works = {Phase.DECODE: self._decode(decode, at), Phase.PREFILL: self._prefill(prefill, at)}
+        settle_s = self._limited_settle_s
         for tries in range(1, TRIES + 1):
-            records = self._steady(works, longer=tries)
+            records = self._steady(works, settle_s, longer=tries)
             pairs = ((Phase.PREFILL, Phase.DECODE), (Phase.DECODE, Phase.PREFILL))
-            found = {phase: covered(self._settled(records[phase]), records[other]).times_s for phase, other in pairs}
+            found = {
+                phase: covered(self._settled(records[phase], settle_s), records[other]).times_s
+                for phase, other in pairs
+            }
             if min(map(len, found.values())) >= FEW_STEPS:
                 break
         if min(map(len, found.values())) == 0:
@@ -211,10 +232,11 @@ class Stopwatch:
 
     def mixed(self, prefill: Prompts, decode: Decodes, at: Allocation) -> Spread:
         """A fused step of both, divided by the layers; from its launch on, as every step is a run of its own."""
-        records = self._steady({Phase.MIXED: self._mixed(prefill, decode, at)})[Phase.MIXED]
+        settle_s = self._limited_settle_s
+        records = self._steady({Phase.MIXED: self._mixed(prefill, decode, at)}, settle_s)[Phase.MIXED]
         gaps = [after.start_s - before.end_s for before, after in pairwise(records)]
         self._starts_s[Phase.MIXED] += gaps
-        settled = [r for r in records if r.start_s >= records[0].start_s + self._settle_s]
+        settled = [r for r in records if r.start_s >= records[0].start_s + settle_s]
         times_s = np.array([r.end_s - r.start_s for r in settled or records[1:]])
         return spread_of(times_s / self.layers * 1e3)
 
@@ -274,16 +296,19 @@ class Stopwatch:
             self._sampling_s[at] = max(0.0, float(np.median(surplus))) if surplus else 0.0
         return self._sampling_s[at]
 
-    def _alone(self, records: list[StepRecord]) -> FloatArray:
+    def _settle_alone_s(self, at: Allocation) -> float:
+        return self._limited_settle_s if at.mode is Mode.EXCLUSIVE else self._settle_s
+
+    def _alone(self, records: list[StepRecord], settle_s: float) -> FloatArray:
         """Times of the steps that count of a phase that was alone; what lies between runs of prefill is noted."""
         if records[0].run.phase is Phase.PREFILL and self.layers >= 3:
             self._starts_s[Phase.PREFILL] += _starts_s(records)
-        return self._settled(records).times_s
+        return self._settled(records, settle_s).times_s
 
-    def _settled(self, records: list[StepRecord]) -> Steps:
+    def _settled(self, records: list[StepRecord], settle_s: float) -> Steps:
         """The steps that count, so far as the other phase has no say: after the load has settled, if any do."""
         steps = inner_steps(records, self.layers)
-        late = steps.where(steps.starts_s >= records[0].start_s + self._settle_s)
+        late = steps.where(steps.starts_s >= records[0].start_s + settle_s)
         return late if len(late.starts_s) else steps
 
     def _whole_run(self, make: Callable[[int], Run]) -> StepRecord:
@@ -292,7 +317,9 @@ class Stopwatch:
             pass
         return records[0]
 
-    def _steady(self, works: Mapping[Phase, Callable[[int], Run]], longer: int = 1) -> dict[Phase, list[StepRecord]]:
+    def _steady(
+        self, works: Mapping[Phase, Callable[[int], Run]], settle_s: float, longer: int = 1
+    ) -> dict[Phase, list[StepRecord]]:
         """Keep a run of each phase in flight until enough steps were seen, and then stop, the slower phase first."""
         executor = self._executor
         records: dict[Phase, list[StepRecord]] = {phase: [] for phase in works}
@@ -319,11 +346,11 @@ class Stopwatch:
                 if phase not in stopped:
                     launch(phase)
             elapsed_s = executor.now() - begun_s
-            if not to_stop and elapsed_s >= self._settle_s:
+            if not to_stop and elapsed_s >= settle_s:
                 settled = settled or {phase: seen(phase) for phase in works}
                 fresh = {phase: seen(phase) - settled[phase] for phase in works}
-                wanted = FEW_STEPS if elapsed_s >= longer * self._limit_s else STEPS
-                if elapsed_s >= self._settle_s + longer * self._measure_s and min(fresh.values()) > wanted:
+                wanted = FEW_STEPS if elapsed_s >= settle_s + longer * self._limit_s else STEPS
+                if elapsed_s >= settle_s + longer * self._measure_s and min(fresh.values()) > wanted:
                     to_stop = sorted(works, key=lambda phase: fresh[phase])
             if to_stop and not flying.keys() & stopped and len(stopped) < len(to_stop):
                 phase = to_stop[len(stopped)]

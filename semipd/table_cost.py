@@ -19,12 +19,13 @@ T = TypeVar("T")
 class TableCost:
     """A cost model that interpolates measured step times (law 8: it reproduces every measured point).
 
-    Solo times are bilinear in (tokens, mean_context) and in (batch, kv_tokens), in the fastest backend measured at each
-    point. Beside the other phase a step takes its solo time times a slowdown, which is measured at the same split and
-    multilinear in the logarithms of tokens, mean_context, batch and kv_tokens. Between two measured KV token counts, a
-    decode step beside prefill is linear in time. A fused step's time is multilinear in the same four, beyond the stairs
-    that prefill has for its rows, if these are padded. Outside the
-    grid a look-up is clamped to its edge and counted; between two partitions nothing is interpolated.
+    A prefill batch is looked up by its tokens, and by the keys that attention computes for each of them on average,
+    which are more than its mean context where prompts end within a tile. Solo times are bilinear in (tokens,
+    mean_context) and in (batch, kv_tokens), in the fastest backend measured at each point. Beside the other phase a
+    step takes its solo time times a slowdown, which is measured at the same split and multilinear in logarithms of
+    tokens, mean_context, batch and kv_tokens. Between two measured KV token counts, a decode step beside prefill is
+    linear in time. A fused step's time is that of its rows and a rest, multilinear in the same four. Outside the grid a
+    look-up is clamped to its edge and counted; between two partitions nothing is interpolated.
 
     Instances can be pickled.
     """
@@ -38,6 +39,7 @@ class TableCost:
         self._decode: dict[int, DecodeCurves] = tables.decode
         self._contention: dict[Allocation, Contention] = tables.contention
         self._fused: Grid | None = tables.fused
+        self._spare_queries: float = (tables.queries - 1) / 2  # of a prompt's last tile
         self._fused_rows: Grid = tables.fused_rows
         # What was looked up before.
         self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
@@ -61,7 +63,7 @@ class TableCost:
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one layer, alone or beside a decode batch; see ``CostModel.prefill_s``."""
-        tokens, context = shape.tokens, shape.mean_context
+        tokens, context = shape.tokens, self._context(shape)
         seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").number(tokens, context)
         if beside is None:
             return seconds, outside
@@ -78,7 +80,7 @@ class TableCost:
         """Seconds of one fused step; see ``CostModel.mixed_s``."""
         if self._fused is None:
             raise KeyError(f"fused batches were not measured: {self.refused[Mode.MIXED]}")
-        place = chunk.tokens, chunk.mean_context
+        place = chunk.tokens, self._context(chunk)
         if decode is None:
             layer_s, outside = self._prefill[self.device_sms].number(*place)
         else:
@@ -107,7 +109,7 @@ class TableCost:
         self, own: PrefillShape | DecodeShape, at: Allocation, beside: PrefillShape | DecodeShape | None
     ) -> Iterator[tuple[str, dict[str, Axis], dict[str, float]]]:
         """Tables that price this, the axes of each, and what is looked up."""
-        sought = _numbers(own) | (_numbers(beside) if beside is not None else {})
+        sought = self._numbers(own) | (self._numbers(beside) if beside is not None else {})
         if isinstance(own, PrefillShape):
             yield "prefill.csv", dict(zip(SHARED[:2], self._prefill[at.prefill_sms].axes, strict=True)), sought
         if isinstance(own, DecodeShape) or (at.mode is Mode.MIXED and beside is not None):
@@ -126,7 +128,7 @@ class TableCost:
             layer_s, outside = solo.at_batch.vector(batch)
             return Curve(solo.kv_tokens, layer_s * self.layers, solo.kv.low, solo.kv.high, outside)
         shared = self._sharing(at)
-        alone, tokens, context = self._alone(batch, at), beside.tokens, beside.mean_context
+        alone, tokens, context = self._alone(batch, at), beside.tokens, self._context(beside)
         return alone.times(shared.decode, shared.low, shared.high, tokens, context, batch)
 
     def _decode_alone(self, batch: int, at: Allocation) -> Curve:
@@ -135,6 +137,17 @@ class TableCost:
         layer_s, outside = shared.solo.vector(batch)
         return Curve(shared.kv_tokens, layer_s * self.layers, shared.low, shared.high, outside)
 
+    def _context(self, shape: PrefillShape) -> float:
+        """Mean context of a prefill batch, each prompt but one counting for half a tile of queries more."""
+        mean = shape.pairs / shape.tokens
+        return mean + self._spare_queries * (shape.contexts - mean) / shape.tokens
+
+    def _numbers(self, shape: PrefillShape | DecodeShape) -> dict[str, float]:
+        """By the names of the axes."""
+        if isinstance(shape, PrefillShape):
+            return {"tokens": shape.tokens, "mean_context": self._context(shape)}
+        return {"batch": shape.batch, "kv_tokens": shape.kv_tokens}
+
     def _sharing(self, at: Allocation) -> Contention:
         found = self._contention.get(at)
         if found is None:
@@ -142,13 +155,6 @@ class TableCost:
                 f"both phases at {at.name} were not measured; measured: {', '.join(a.name for a in self._contention)}"
             )
         return found
-
-
-def _numbers(shape: PrefillShape | DecodeShape) -> dict[str, float]:
-    """By the names of the axes."""
-    if isinstance(shape, PrefillShape):
-        return {"tokens": shape.tokens, "mean_context": shape.mean_context}
-    return {"batch": shape.batch, "kv_tokens": shape.kv_tokens}
 
 
 def _partition(measured: Mapping[int, T], sms: int, phase: str) -> T:

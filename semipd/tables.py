@@ -23,6 +23,9 @@ FILLS_TOKENS = 2048
 SHARED = ("tokens", "mean_context", "batch", "kv_tokens")
 """The axes of what both phases together take."""
 
+CONTEXT_KNEE = 2048
+"""Of a model with weights: see docs/adr/0005-profiles-through-the-serving-executor.md for what it rests on."""
+
 P = TypeVar("P")
 K = TypeVar("K", bound=Hashable)
 
@@ -57,6 +60,26 @@ class Contention:
     high: float
 
 
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Where a model's attention begins to matter beside its matrix products; zeros for attention alone.
+
+    ``mean_context``: keys of a query from which on attention changes how a batch contends with the other phase.
+    ``kv_tokens``: tokens whose keys and values are as many bytes as the weights.
+    """
+
+    mean_context: float = 0.0
+    kv_tokens: float = 0.0
+
+    @staticmethod
+    def of(weights_bytes: int, kv_bytes_per_token: int) -> Scales:
+        """Of a model; of attention alone, which has no weights, zeros."""
+        return Scales(CONTEXT_KNEE if weights_bytes else 0.0, weights_bytes / kv_bytes_per_token)
+
+
+NO_SCALES = Scales()
+
+
 @dataclass(frozen=True)
 class Tables:
     """A profile's tables, arranged for look-ups.
@@ -64,7 +87,8 @@ class Tables:
     ``prefill``, ``decode``: alone, by SMs of the partition. ``contention``: in every measured way of running both
     phases beside each other. ``fused``: seconds of a fused step divided by the layers, None without any; beyond what
     ``fused_rows`` has for the rows of both parts, if these were padded.
-    ``refused``: modes that cannot be priced, and what is missing.
+    ``queries``: of a prompt that attention computes at once. ``refused``: modes that cannot be priced, and what is
+    missing.
     """
 
     device_sms: int
@@ -74,6 +98,7 @@ class Tables:
     contention: dict[Allocation, Contention]
     fused: Grid | None
     fused_rows: Grid
+    queries: int
     refused: Mapping[Mode, str]
 
     @staticmethod
@@ -86,6 +111,7 @@ class Tables:
         device_sms: int,
         layers: int,
         padded: Padded = NOT_PADDED,
+        scales: Scales = NO_SCALES,
         source: str = "profile",
     ) -> Tables:
         """Tables of measured points.
@@ -100,6 +126,7 @@ class Tables:
             device_sms: SMs of the whole device.
             layers: Layers of a decode step.
             padded: To which sizes batches were padded.
+            scales: Of the model.
             source: Where the points are from, for messages.
 
         Raises:
@@ -124,7 +151,7 @@ class Tables:
         by_mode = _grouped(hybrid, lambda p: p.mode)
 
         def shared(mode: Mode) -> dict[Allocation, Contention]:
-            return _shared(mode, by_mode.get(mode.value, ()), prefill_of, decode_of, device_sms, source)
+            return _shared(mode, by_mode.get(mode.value, ()), prefill_of, decode_of, device_sms, scales, source)
 
         refused: dict[Mode, str] = {}
 
@@ -141,7 +168,7 @@ class Tables:
         tokens, _, seconds = prefill_alone[device_sms]
         fused_rows = Grid([axis("tokens", tokens)], seconds[:, 0] * bool(padded.tokens))
         fused = unless_refused(Mode.MIXED, lambda: _fused(mixed, fused_rows, f"{source}/mixed.csv"))
-        return Tables(device_sms, layers, prefill_of, decode_of, contention, fused, fused_rows, refused)
+        return Tables(device_sms, layers, prefill_of, decode_of, contention, fused, fused_rows, padded.queries, refused)
 
 
 def _shared(
@@ -150,6 +177,7 @@ def _shared(
     prefill: Mapping[int, Grid],
     decode: Mapping[int, DecodeCurves],
     device_sms: int,
+    scales: Scales,
     source: str,
 ) -> dict[Allocation, Contention]:
     """Contention in every allocation of a mode. Raises InputError as ``Tables.of`` does."""
@@ -171,9 +199,8 @@ def _shared(
         ):
             if sms not in measured:
                 raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, for {name} of hybrid.csv")
-        found[at] = _contention(
-            shared[prefill_sms, decode_sms], prefill[prefill_sms], decode[decode_sms], f"{source}/hybrid.csv: {name}"
-        )
+        alone = prefill[prefill_sms], decode[decode_sms]
+        found[at] = _contention(shared[prefill_sms, decode_sms], *alone, scales, f"{source}/hybrid.csv: {name}")
     return found
 
 
@@ -238,14 +265,18 @@ def _stairs(along: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list
     return knots, [min(sizes[bisect_left(sizes, x)] if x <= last else x, along[bisect_left(along, x)]) for x in knots]
 
 
-def _contention(points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurves, where: str) -> Contention:
+def _contention(
+    points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurves, scales: Scales, where: str
+) -> Contention:
     """Slowdowns at one split: measured time over the solo time there, which may lie between solo points.
 
-    Where several prefill backends were measured, the row of the fastest counts for both phases.
+    They follow the logarithms of the tokens, of the batch, and of what both phases have to do for each: matrix products
+    and attention. Where several prefill backends were measured, the row of the fastest counts for both phases.
     """
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
     values = axis_values(best, SHARED, where)
-    axes = [axis(name, v, log=True) for name, v in zip(SHARED, values, strict=True)]
+    offsets = {"mean_context": scales.mean_context, "kv_tokens": scales.kv_tokens}
+    axes = [axis(name, v, log=True, offset=offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]
     if values[0][-1] >= FILLS_TOKENS:
         axes[0] = axis("tokens", values[0], log=True, high=prefill.axes[0].high)
     tokens, contexts, batches, kv = values
@@ -259,7 +290,8 @@ def _contention(points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurv
     for t, m, b in itertools.product(tokens, contexts, batches):
         measured = np.array([best[t, m, b, k].decode_median_ms / 1e3 for k in kv])
         slowdown = measured / np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0])
-        decode_slowdown.append(np.interp(np.log2(knots), np.log2(kv), slowdown))
+        at, among = (np.log2(np.asarray(x, dtype=np.float64) + scales.kv_tokens) for x in (knots, kv))
+        decode_slowdown.append(np.interp(at, among, slowdown))
     return Contention(
         prefill=Grid(axes, np.array(prefill_slowdown)),
         decode=Grid(axes[:3], np.array(decode_slowdown)),

@@ -10,6 +10,7 @@ import numpy as np
 from synthetic_profile import decode_ms, decode_slowdown, prefill_ms, prefill_slowdown
 
 from semipd.core import Allocation, DecodeShape, FloatArray, Mode, PrefillShape
+from semipd.tables import NO_SCALES, Scales
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class ClosedFormCost:
     """The closed forms of ``synthetic_profile``; a fused step is 10 % shorter than its parts one after the other.
 
     ``stair_tokens``: prefill time steps up at every multiple of so many tokens beyond ``stair_from``; 0 for none.
+    ``scales``: from where on slowdowns follow the logarithms of contexts.
     """
 
     device_sms: int = 32
     layers: int = 4
     stair_tokens: int = 0
+    scales: Scales = NO_SCALES
 
     @property
     def allocations(self) -> tuple[Allocation, ...]:
@@ -48,7 +51,7 @@ class ClosedFormCost:
             tokens = ceil(tokens / self.stair_tokens) * self.stair_tokens
         alone_ms = prefill_ms(tokens, shape.mean_context, at.prefill_sms)
         if beside is not None:
-            place = (shape.tokens, max(shape.mean_context, 1), beside.batch, beside.kv_tokens)
+            place = (shape.tokens, self._context(shape), beside.batch, beside.kv_tokens + self.scales.kv_tokens)
             alone_ms *= self._harder(at) * prefill_slowdown(*place)
         return alone_ms / 1e3, False
 
@@ -59,8 +62,9 @@ class ClosedFormCost:
         kv_tokens = range(first, first + batch * steps, batch)
         alone_ms = np.array([decode_ms(batch, kv, at.decode_sms, self.device_sms) for kv in kv_tokens])
         if beside is not None:
-            place = (beside.tokens, max(beside.mean_context, 1), batch)
-            alone_ms *= self._harder(at) * np.array([decode_slowdown(*place, kv) for kv in kv_tokens])
+            place = (beside.tokens, self._context(beside), batch)
+            slowdown = [decode_slowdown(*place, kv + self.scales.kv_tokens) for kv in kv_tokens]
+            alone_ms *= self._harder(at) * np.array(slowdown)
         return alone_ms * self.layers / 1e3, 0
 
     def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
@@ -69,6 +73,9 @@ class ClosedFormCost:
         if decode is not None:
             seconds += float(self.decode_s(decode, whole, None)[0][0])
         return 0.9 * seconds, False
+
+    def _context(self, shape: PrefillShape) -> float:
+        return max(shape.mean_context, 1) + self.scales.mean_context
 
     def _harder(self, at: Allocation) -> float:
         return 1.0 if at.mode is Mode.SPLIT else 1.2

@@ -350,7 +350,8 @@ class Reference:
         if not jobs:
             return None
         pairs = sum(float(n * (job.cached + n / 2)) for n, job in zip(new, jobs, strict=True))
-        return Batch(jobs, new, PrefillShape(sum(new), pairs), self.cost.layers)
+        contexts = sum(job.cached + n / 2 for n, job in zip(new, jobs, strict=True))
+        return Batch(jobs, new, PrefillShape(sum(new), pairs, contexts), self.cost.layers)
 
     def admit(self, batch: Batch) -> None:
         for job, new in zip(batch.jobs, batch.new, strict=True):

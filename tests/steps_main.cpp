@@ -22,7 +22,7 @@ double look_up(Random& random) {
     std::size_t points = 1;
     for (int n = pick(random, 1, 4); n > 0; --n) {
         const std::vector<double> values = ascending(random);
-        axes.emplace_back(values, values.front(), values.back(), pick(random, 0, 1) == 1);
+        axes.emplace_back(values, values.front(), values.back(), pick(random, 0, 1) == 1, pick(random, 0, 3));
         points *= values.size();
     }
     const std::size_t width = pick(random, 1, 3);
@@ -33,7 +33,7 @@ double look_up(Random& random) {
 
     const std::vector<double> knots = ascending(random);
     const semipd::Curve curve(knots, knots, 2, 9, false);
-    const semipd::Grid factors({semipd::Axis(knots, 1, 9, true)},
+    const semipd::Grid factors({semipd::Axis(knots, 1, 9, true, 0)},
                                std::vector<double>(knots.size() * knots.size(), 2));
     std::vector<double> seconds(pick(random, 0, 5));
     curve.times(factors, place.data(), 1, 20)

@@ -26,13 +26,14 @@ from semipd.rectangle import SPINE, Rectangle
 from semipd.sim import SimExecutor
 from semipd.sweep import HoldoutPoint, PrefillPoint, PrefillWork, read_points
 from semipd.table_cost import TableCost
-from semipd.tables import Tables
+from semipd.tables import Scales, Tables
 
-TRUTH = ClosedFormCost()
 MODEL = ModelConfig(
     hidden_size=32, layers=4, query_heads=4, kv_heads=2, head_dim=8, intermediate_size=64, vocab_size=199,
     rope_theta=1e4, dtype="float32",
 )  # fmt: skip
+SCALES = Scales.of(MODEL.weights_bytes, MODEL.kv_bytes_per_token)
+TRUTH = ClosedFormCost(scales=SCALES)
 ABOUT: dict[str, object] = {"gpu": "closed form", "device_sms": 32, "device_memory_bytes": 1 << 30, "work": {}}
 CONFIG = ProfileConfig(
     prefill_sms=(8, 16, 24),
@@ -45,6 +46,7 @@ CONFIG = ProfileConfig(
     both_decode=DecodeAxes(batch=(8, 64), kv_tokens=(512, 65536)),
     max_num_seqs=64,
     settle_ms=1,
+    limited_settle_ms=1,
     measure_ms=4,
 )
 POINTS = {"prefill": 4 * (6 + 2), "decode": 4 * (4 + 1), "hybrid": 5 * 16, "mixed": 16}
@@ -185,7 +187,7 @@ def test_a_time_limit_ends_it_between_two_points(tmp_path: Path) -> None:
 def test_refinement_puts_values_where_the_model_errs(tmp_path: Path) -> None:
     """Prefill goes in stairs of 1,024 tokens here: between 512 and 4,096 a straight line is far off."""
     out = tmp_path / "p"
-    measure(out, ClosedFormCost(stair_tokens=1024), tolerance=0.05, prefill_spine=(), decode_spine=())
+    measure(out, ClosedFormCost(stair_tokens=1024, scales=SCALES), tolerance=0.05, prefill_spine=(), decode_spine=())
     tables = load_profile(out)
     coarse = {16, 512, 4096}
     added = {p.tokens for p in tables.prefill.points} - coarse
@@ -198,7 +200,7 @@ def test_refinement_puts_values_where_the_model_errs(tmp_path: Path) -> None:
         assert of == {(t, m) for t in tokens for m in (64, 4096)}
     few = [p for p in tables.prefill.points if p.tokens in coarse]
     straight = TableCost(Tables.of(few, tables.decode.points, tables.hybrid.points, device_sms=32, layers=4))
-    truth = ClosedFormCost(stair_tokens=1024)
+    truth = ClosedFormCost(stair_tokens=1024, scales=SCALES)
     whole = Allocation(Mode.EXCLUSIVE, 32, 32)
 
     def worst(cost: TableCost) -> float:
@@ -241,11 +243,16 @@ def test_a_spine_gains_single_places_and_gives_them_up_to_whole_knots() -> None:
 
 def test_stairs_that_only_a_spine_has_cost_refinement_one_point_each(tmp_path: Path) -> None:
     out, spine = tmp_path / "p", (1024, 2048)
-    measure(out, ClosedFormCost(stair_tokens=1024), tolerance=0.05, prefill_spine=spine, decode_spine=())
+    measure(out, ClosedFormCost(stair_tokens=1024, scales=SCALES), tolerance=0.05, prefill_spine=spine, decode_spine=())
     places = {(p.tokens, p.mean_context) for p in load_profile(out).prefill.points if p.sms == 32}
     assert {t for t, m in places if m == 64} > {16, 512, 4096, *spine}
     resumed = measure(
-        out, ClosedFormCost(stair_tokens=1024), True, tolerance=0.05, prefill_spine=spine, decode_spine=()
+        out,
+        ClosedFormCost(stair_tokens=1024, scales=SCALES),
+        True,
+        tolerance=0.05,
+        prefill_spine=spine,
+        decode_spine=(),
     )
     assert {(p.tokens, p.mean_context) for p in resumed.tables["prefill"].points if p.sms == 32} >= places
 

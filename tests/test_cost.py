@@ -605,7 +605,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown padding": (
         lambda f: edit_header(f, padded={"rows": [1]}),
-        "profile.json: padded.rows: unknown; expected only batch, tokens",
+        "profile.json: padded.rows: unknown; expected only batch, tokens, queries",
     ),
     "padding that descends": (
         lambda f: edit_header(f, padded={"batch": [1, 8, 4]}),

@@ -216,7 +216,9 @@ def test_batches_have_the_shape_of_their_work_and_decode_batches_are_ragged(batc
     assert batch < 4 or lengths.max() <= 2 * each
     assert batch < 16 or each < 100 or 0.35 < lengths.std() / lengths.mean() < 0.5
     prefill = PrefillWork.at(128 * each, 64)
-    assert Prompts.of(prefill).shape == prefill.shape
+    shape = Prompts.of(prefill).shape
+    assert (shape.tokens, shape.pairs) == (prefill.tokens, prefill.shape.pairs)
+    assert shape.contexts == prefill.seqs * prefill.mean_context
 
 
 def test_a_whole_run_is_timed_with_what_the_host_does_before_its_first_step() -> None:

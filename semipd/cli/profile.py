@@ -114,7 +114,7 @@ def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms:
     """The model on the device, opened to be measured."""
     from semipd.areas import longest_sequence
     from semipd.campaign import Subject
-    from semipd.padding import Padded, decode_sizes, prefill_sizes
+    from semipd.padding import Padded, attention_queries, decode_sizes, prefill_sizes
     from semipd.sequences import pooled_prompts
     from semipd.torch_executor import open_executor
 
@@ -143,7 +143,11 @@ def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms:
             names = tuple(name for name in config.backends if name != "fa3-sized" or model.head_dim == 128)
             kernels = {"backends": names or ("fa2",), "use_backend": use}
             kernels |= {"decode_backend": "fa2", "mixed_backend": "fa2"}
-        padded = Padded(batch=decode_sizes(config.max_num_seqs), tokens=prefill_sizes(config.max_num_batched_tokens))
+        padded = Padded(
+            batch=decode_sizes(config.max_num_seqs),
+            tokens=prefill_sizes(config.max_num_batched_tokens),
+            queries=attention_queries(model.query_heads // model.kv_heads) if device == "cuda" else 1,
+        )
         yield Subject(
             executor, model, device_sms, executor.num_blocks, forget=executor.forget, padded=padded, **kernels
         )
