@@ -120,13 +120,14 @@ class Curve {
         return outside;
     }
 
-    // This curve with the time at each knot multiplied by what a grid of vectors has for it at a place.
-    Curve times(const Grid& grid, const double* place, double low, double high) const {
-        if (grid.width != seconds_.size()) throw std::invalid_argument("a factor for each knot is needed");
-        std::vector<double> factors(grid.width);
-        const bool outside = grid.at(place, factors.data());
-        for (std::size_t i = 0; i < factors.size(); ++i) factors[i] *= seconds_[i];
-        return {kv_, std::move(factors), low, high, outside_ || outside};
+    // This curve with the time at each knot divided by what a grid of vectors has for it at a place: the share
+    // of its speed that is left.
+    Curve at_speed(const Grid& grid, const double* place, double low, double high) const {
+        if (grid.width != seconds_.size()) throw std::invalid_argument("a speed for each knot is needed");
+        std::vector<double> seconds(grid.width);
+        const bool outside = grid.at(place, seconds.data());
+        for (std::size_t i = 0; i < seconds.size(); ++i) seconds[i] = seconds_[i] / seconds[i];
+        return {kv_, std::move(seconds), low, high, outside_ || outside};
     }
 
   private:

@@ -90,9 +90,9 @@ PYBIND11_MODULE(_steps, m) {
             },
             py::arg("kv_tokens"), py::arg("more"), py::arg("steps"))
         .def(
-            "times",
+            "at_speed",
             [](const Curve& curve, const Grid& grid, double low, double high, const py::args& given) {
-                return curve.times(grid, place(grid, given).data(), low, high);
+                return curve.at_speed(grid, place(grid, given).data(), low, high);
             },
             py::arg("grid"), py::arg("low"), py::arg("high"));
 

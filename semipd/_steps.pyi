@@ -43,8 +43,8 @@ class Curve:
     def at(self, kv_tokens: int, more: int, steps: int) -> tuple[FloatArray, int]:
         """Seconds of so many steps, each reading ``more`` tokens more than the one before; how many are outside."""
 
-    def times(self, grid: Grid, low: float, high: float, *place: float) -> Curve:
-        """This curve with the time at each knot multiplied by what a grid of vectors has for it at a place.
+    def at_speed(self, grid: Grid, low: float, high: float, *place: float) -> Curve:
+        """This curve with the time at each knot divided by what a grid of vectors has for it at a place.
 
         ``low`` and ``high`` are those of the new curve.
 

@@ -377,7 +377,7 @@ class ProfileConfig(Strict):
     capped_sms: tuple[Positive, ...] = (32, 64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
     prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 2048, 8192), mean_context=(64, 4096, 32768))
-    prefill_spine: tuple[Positive, ...] = (*prefill_sizes(2048), 3072, 4096, 6144)
+    prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = (*decode_sizes(32), *range(48, 256, 16))
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 96, 640, 4096), mean_context=(64, 16384))

@@ -8,9 +8,6 @@ from itertools import pairwise
 MOST_PREFILL_ROWS = 1024
 """Of a prefill batch whose layers are captured; a larger one keeps the device busy while the host launches kernels."""
 
-TILE_ROWS = 128
-"""Of a matrix product: larger batches are computed in whole tiles."""
-
 
 def decode_rows(sequences: int, most: int) -> int:
     """Rows of a decode batch: 1, 2, 4, then multiples of 8, at most ``most``."""
@@ -39,14 +36,13 @@ def decode_sizes(most: int) -> tuple[int, ...]:
 
 
 def prefill_sizes(most: int) -> tuple[int, ...]:
-    """Rows that are computed for prefill batches of at most so many tokens: padded, or in whole tiles, ascending."""
-    padded = {prefill_rows(n) for n in range(1, min(most, MOST_PREFILL_ROWS) + 1)}
-    return (*sorted(padded), *range(MOST_PREFILL_ROWS + TILE_ROWS, most + 1, TILE_ROWS))
+    """All that ``prefill_rows`` pads batches of at most so many tokens to, ascending."""
+    return tuple(sorted({prefill_rows(n) for n in range(1, min(most, MOST_PREFILL_ROWS) + 1)}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
-    """What batches count as: sizes, ascending, that they were padded to when measured, or whole tiles.
+    """The sizes, ascending, that batches were padded to when they were measured.
 
     ``queries``: new tokens of a prompt that attention computes at once.
     """

@@ -22,10 +22,10 @@ class TableCost:
     A prefill batch is looked up by its tokens, and by the keys that attention computes for each of them on average,
     which are more than its mean context where prompts end within a tile. Solo times are bilinear in (tokens,
     mean_context) and in (batch, kv_tokens), in the fastest backend measured at each point. Beside the other phase a
-    step takes its solo time times a slowdown, which is measured at the same split and multilinear in logarithms of
-    tokens, mean_context, batch and kv_tokens. Between two measured KV token counts, a decode step beside prefill is
-    linear in time. A fused step's time is that of its rows and a rest, multilinear in the same four. Outside the grid a
-    look-up is clamped to its edge and counted; between two partitions nothing is interpolated.
+    step keeps a share of its speed alone, which is measured at the same split and multilinear in logarithms of tokens,
+    mean_context, batch and kv_tokens. Between two measured KV token counts, a decode step beside prefill is linear in
+    time. A fused step's time is that of its rows and a rest, multilinear in the same four. Outside the grid a look-up
+    is clamped to its edge and counted; between two partitions nothing is interpolated.
 
     Instances can be pickled.
     """
@@ -67,8 +67,8 @@ class TableCost:
         seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").number(tokens, context)
         if beside is None:
             return seconds, outside
-        slowdown, also = self._sharing(at).prefill.number(tokens, context, beside.batch, beside.kv_tokens)
-        return seconds * slowdown, outside or also
+        speed, also = self._sharing(at).prefill.number(tokens, context, beside.batch, beside.kv_tokens)
+        return seconds / speed, outside or also
 
     def decode_s(
         self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
@@ -129,7 +129,7 @@ class TableCost:
             return Curve(solo.kv_tokens, layer_s * self.layers, solo.kv.low, solo.kv.high, outside)
         shared = self._sharing(at)
         alone, tokens, context = self._alone(batch, at), beside.tokens, self._context(beside)
-        return alone.times(shared.decode, shared.low, shared.high, tokens, context, batch)
+        return alone.at_speed(shared.decode, shared.low, shared.high, tokens, context, batch)
 
     def _decode_alone(self, batch: int, at: Allocation) -> Curve:
         """Decode alone, with the knots at which it is known beside prefill."""

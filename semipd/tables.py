@@ -1,4 +1,4 @@
-"""Measured points, arranged for look-ups: grids of step times and of slowdowns."""
+"""Measured points, arranged for look-ups: grids of step times, and of speeds beside the other phase."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class DecodeCurves:
 
 @dataclass(frozen=True, slots=True)
 class Contention:
-    """One way of sharing: how many times longer each phase takes while the other runs.
+    """One way of sharing: the share of its speed alone that each phase keeps while the other runs.
 
     ``prefill``: over (tokens, mean_context, batch, kv_tokens). ``decode``: over (tokens, mean_context, batch), a vector
     over the knots ``kv_tokens``, which are those of the solo curves and those of the hybrid table.
@@ -268,7 +268,7 @@ def _stairs(along: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list
 def _contention(
     points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurves, scales: Scales, where: str
 ) -> Contention:
-    """Slowdowns at one split: measured time over the solo time there, which may lie between solo points.
+    """Speeds at one split: the solo time there, which may lie between solo points, over the measured time.
 
     They follow the logarithms of the tokens, of the batch, and of what both phases have to do for each: matrix products
     and attention. Where several prefill backends were measured, the row of the fastest counts for both phases.
@@ -282,19 +282,19 @@ def _contention(
     tokens, contexts, batches, kv = values
     knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
 
-    prefill_slowdown = [
-        best[t, m, b, k].prefill_median_ms / 1e3 / prefill.number(t, m)[0]
+    prefill_speed = [
+        prefill.number(t, m)[0] / (best[t, m, b, k].prefill_median_ms / 1e3)
         for t, m, b, k in itertools.product(tokens, contexts, batches, kv)
     ]
-    decode_slowdown = []
+    decode_speed = []
     for t, m, b in itertools.product(tokens, contexts, batches):
         measured = np.array([best[t, m, b, k].decode_median_ms / 1e3 for k in kv])
-        slowdown = measured / np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0])
+        speed = np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]) / measured
         at, among = (np.log2(np.asarray(x, dtype=np.float64) + scales.kv_tokens) for x in (knots, kv))
-        decode_slowdown.append(np.interp(at, among, slowdown))
+        decode_speed.append(np.interp(at, among, speed))
     return Contention(
-        prefill=Grid(axes, np.array(prefill_slowdown)),
-        decode=Grid(axes[:3], np.array(decode_slowdown)),
+        prefill=Grid(axes, np.array(prefill_speed)),
+        decode=Grid(axes[:3], np.array(decode_speed)),
         solo=Grid(decode.at_batch.axes, np.array([np.interp(knots, decode.kv_tokens, row) for row in decode.rows])),
         kv_tokens=knots,
         low=max(decode.kv.low, axes[3].low),

@@ -152,7 +152,7 @@ class CachingReference(Reference):
         most -= int(self.config.watermark * self.config.num_blocks) if running else 0
         batch = Batch([], [], PrefillShape(0, 0.0), self.cost.layers)
         self.contexts: list[int] = []
-        pairs = 0.0
+        pairs = mean_contexts = 0.0
         for job in ([self.cut] if self.cut else []) + self.waiting:
             context = job.cached or endless.hit_tokens(self.ids(job), job.to_prefill)
             tokens = min(job.to_prefill - context, self.tokens_wanted() - sum(batch.new))
@@ -167,7 +167,8 @@ class CachingReference(Reference):
             batch.new.append(tokens)
             self.contexts.append(context)
             pairs += tokens * (context + tokens / 2)
-        batch.shape = PrefillShape(sum(batch.new), pairs)
+            mean_contexts += context + tokens / 2
+        batch.shape = PrefillShape(sum(batch.new), pairs, mean_contexts)
         return batch if batch.jobs else None
 
     def admit(self, batch: Batch) -> None:

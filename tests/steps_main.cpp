@@ -36,7 +36,7 @@ double look_up(Random& random) {
     const semipd::Grid factors({semipd::Axis(knots, 1, 9, true, 0)},
                                std::vector<double>(knots.size() * knots.size(), 2));
     std::vector<double> seconds(pick(random, 0, 5));
-    curve.times(factors, place.data(), 1, 20)
+    curve.at_speed(factors, place.data(), 1, 20)
         .at(pick(random, 0, 50), pick(random, 1, 9), seconds.size(), seconds.data());
     return blend[0] + (seconds.empty() ? 0 : seconds.back());
 }

@@ -2,8 +2,8 @@
 
 Roofline-like: prefill's time falls with its SMs, decode's only until the memory bandwidth is saturated, and each
 phase is slower while the other runs. The solo times are bilinear in (tokens, mean context) and (batch, KV tokens),
-the slowdowns multilinear in the logarithms, so a cost model that interpolates as docs/profiles.md says agrees with the
-closed forms everywhere inside the grid (decode beside prefill: at the grid's KV token counts).
+the speeds beside the other phase multilinear in the logarithms, so a cost model that interpolates as docs/profiles.md
+says agrees with the closed forms everywhere inside the grid (decode beside prefill: at the grid's KV token counts).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def decode_ms(batch: float, kv_tokens: float, sms: int, device_sms: int = 32) ->
 
 def prefill_slowdown(tokens: float, mean_context: float, batch: float, kv_tokens: float) -> float:
     """How many times longer a prefill layer takes beside decode."""
-    return 1 + 0.01 * log2(kv_tokens) + 0.001 * log2(batch) * log2(tokens) + 0.002 * log2(mean_context)
+    return 1 / (1 - 0.01 * log2(kv_tokens) - 0.001 * log2(batch) * log2(tokens) - 0.002 * log2(mean_context))
 
 
 def decode_slowdown(tokens: float, mean_context: float, batch: float, kv_tokens: float) -> float:
     """How many times longer a decode step takes beside prefill."""
-    return 1 + 0.008 * log2(tokens) + 0.0005 * log2(mean_context) * log2(kv_tokens) + 0.003 * log2(batch)
+    return 1 / (1 - 0.008 * log2(tokens) - 0.0005 * log2(mean_context) * log2(kv_tokens) - 0.003 * log2(batch))
 
 
 def mixed_ms(tokens: float, mean_context: float, batch: float, kv_tokens: float) -> float:

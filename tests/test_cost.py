@@ -272,7 +272,7 @@ def test_solo_times_agree_with_scipy_everywhere(grids: RandomGrid, place: tuple[
 
 @random_profiles
 @given(random_grids(), anywhere)
-def test_contended_times_are_scipys_solo_time_times_its_slowdown_in_logarithms(
+def test_contended_times_are_scipys_solo_time_over_its_speed_in_logarithms(
     grids: RandomGrid, place: tuple[int, float, int, list[int]]
 ) -> None:
     tokens, context, batch, kvs = place
@@ -280,15 +280,15 @@ def test_contended_times_are_scipys_solo_time_times_its_slowdown_in_logarithms(
     context = p.mean_context
     p_slow, d_slow = grids.slowdowns()
     for kv in kvs:
-        slowdown = interpolated(grids.hybrid_axes, p_slow, (tokens, context, batch, kv), log=True)
+        speed = interpolated(grids.hybrid_axes, 1 / p_slow, (tokens, context, batch, kv), log=True)
         found, _ = cost.prefill_s(p, at, DecodeShape(batch, kv))
-        assert found * 1e3 == pytest.approx(grids.solo_prefill(8, tokens, context) * slowdown, rel=1e-9)
+        assert found * 1e3 == pytest.approx(grids.solo_prefill(8, tokens, context) / speed, rel=1e-9)
 
     # Decode: so at every KV count measured alone or beside prefill, and linear in time between these.
     knots = sorted({*grids.decode_axes[1], *grids.hybrid_axes[3]})
     at_knots = [
         grids.solo_decode(24, batch, kv)
-        * interpolated(grids.hybrid_axes, d_slow, (tokens, context, batch, kv), log=True)
+        / interpolated(grids.hybrid_axes, 1 / d_slow, (tokens, context, batch, kv), log=True)
         for kv in knots
     ]
     found_d, _ = decode_steps_s(cost, batch, kvs, at, p)

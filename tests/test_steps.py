@@ -24,19 +24,22 @@ ROOT = Path(__file__).parent.parent
 ascending = st.lists(st.integers(1, 10_000), min_size=2, max_size=6, unique=True).map(sorted)
 
 
-def random_grid(draw: st.DataObject, log: bool) -> tuple[list[list[int]], np.ndarray, Grid]:
+def random_grid(draw: st.DataObject, log: bool, offset: float = 0.0) -> tuple[list[list[int]], np.ndarray, Grid]:
     values = [draw.draw(ascending) for _ in range(draw.draw(st.integers(1, 4)))]
     points = np.random.default_rng(draw.draw(st.integers(0, 99))).uniform(0.1, 10, [len(v) for v in values])
-    return values, points, Grid([Axis(v, v[0], v[-1], log) for v in values], points)
+    return values, points, Grid([Axis(v, v[0], v[-1], log, offset) for v in values], points)
 
 
 @settings(deadline=None)
-@given(st.data(), st.booleans())
+@given(st.data(), st.booleans(), st.sampled_from([0.0, 7.5, 3000.0]))
 def test_a_grid_interpolates_as_scipy_does_is_exact_on_its_points_and_clamped_outside(
-    data: st.DataObject, log: bool
+    data: st.DataObject, log: bool, offset: float
 ) -> None:
-    values, points, grid = random_grid(data, log)
-    scale = np.log2 if log else np.asarray
+    values, points, grid = random_grid(data, log, offset)
+
+    def scale(x: list[int] | list[float]) -> np.ndarray:
+        return np.log2(np.array(x) + offset) if log else np.array(x)
+
     expected = RegularGridInterpolator([scale(v) for v in values], points)
     place = [data.draw(st.floats(0.5, 20_000)) for _ in values]
     clamped = [min(max(x, v[0]), v[-1]) for x, v in zip(place, values, strict=True)]
@@ -72,8 +75,8 @@ def test_what_a_grid_and_a_curve_need_is_said() -> None:
         Axis([], 0.0, 1.0, False)
     with pytest.raises(ValueError, match="as many knots as times"):
         Curve(np.ones(2), np.ones(3), 0.0, 1.0, False)
-    with pytest.raises(ValueError, match="a factor for each knot"):
-        Curve(np.ones(2), np.ones(2), 0.0, 1.0, False).times(Grid([axis], np.ones(2)), 0.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="a speed for each knot"):
+        Curve(np.ones(2), np.ones(2), 0.0, 1.0, False).at_speed(Grid([axis], np.ones(2)), 0.0, 1.0, 1.0)
 
 
 @given(st.data(), ascending)
@@ -95,10 +98,10 @@ def test_a_curve_is_numpys_interpolation_to_the_last_bit(data: st.DataObject, kn
 
     factors = np.arange(1.0, 2 * len(knots) + 1).reshape(2, len(knots))
     grid = Grid([Axis([1.0, 3.0], 1.0, 3.0, False)], factors)
-    times, outside = curve.times(grid, 0, high, 2.0).at(first, more, steps)
-    assert times.tolist() == np.interp(kv_tokens, knots, factors.mean(axis=0) * seconds).tolist()
+    times, outside = curve.at_speed(grid, 0, high, 2.0).at(first, more, steps)
+    assert times.tolist() == np.interp(kv_tokens, knots, seconds / factors.mean(axis=0)).tolist()
     assert outside == np.count_nonzero(kv_tokens > high)
-    assert curve.times(grid, 0, high, 4.0).at(first, more, steps)[1] == steps
+    assert curve.at_speed(grid, 0, high, 4.0).at(first, more, steps)[1] == steps
 
 
 class PlainRun:

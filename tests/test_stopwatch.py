@@ -63,9 +63,9 @@ def test_alone_and_beside_each_other_the_times_are_the_executors(
     beside_prefill, beside_decode = stopwatch.both(prefill, decode, at)
     # A simulated step is priced beside the other batch as it was when a run began: some tokens fewer.
     assert beside_prefill.median_ms == pytest.approx(
-        TRUTH.prefill_s(prefill.shape, at, decode.shape)[0] * 1e3, rel=0.01
+        TRUTH.prefill_s(prefill.shape, at, decode.shape)[0] * 1e3, rel=0.02
     )
-    assert beside_decode.median_ms == pytest.approx(decode_layer_ms(decode, at, prefill), rel=0.01)
+    assert beside_decode.median_ms == pytest.approx(decode_layer_ms(decode, at, prefill), rel=0.02)
 
 
 @settings(deadline=None, max_examples=20)

@@ -28,11 +28,6 @@ COARSE_TOKENS, CONTEXTS = (16, 256, 8192), (64, 1024, 8192)
 SIZES = Padded(batch=decode_sizes(64), tokens=prefill_sizes(2048))
 
 
-def computed_rows(tokens: int) -> int:
-    """Of a prefill batch: padded up to 1,024, in tiles of 128 from there to 2,048."""
-    return prefill_rows(tokens) if tokens <= 1024 else -(-tokens // 128) * 128 if tokens <= 2048 else tokens
-
-
 def decode_stair_ms(rows: float) -> float:
     """Steep and uneven, as tiles of matrix products make it."""
     return 1.0 + 0.3 * (rows > 4) + 0.01 * rows + 0.4 * (rows > 24)
@@ -69,7 +64,7 @@ def decode_table(rows_of: Callable[[int], int] = lambda n: n) -> list[DecodePoin
 
 def prefill_table() -> list[PrefillPoint]:
     places = {(t, CONTEXTS[0]) for t in SPINE_TOKENS} | {(t, c) for t in COARSE_TOKENS for c in CONTEXTS}
-    return [prefill_point(t, c, computed_rows(t)) for t, c in sorted(places)]
+    return [prefill_point(t, c, prefill_rows(t)) for t, c in sorted(places)]
 
 
 def model(
@@ -113,10 +108,25 @@ def test_a_padded_decode_batch_has_the_stair_of_its_rows_and_its_own_attention(b
     assert decode_ms(model(padded=SIZES), batch, kv_tokens) == pytest.approx(expected_ms, rel=1e-9)
 
 
-@given(st.sampled_from([n for n in range(16, 2049) if computed_rows(n) in SPINE_TOKENS]), st.integers(64, 8192))
+@given(st.sampled_from([n for n in range(16, 2049) if prefill_rows(n) in SPINE_TOKENS]), st.integers(64, 8192))
 def test_a_padded_prefill_batch_has_the_stair_of_its_rows_and_its_own_attention(tokens: int, context: int) -> None:
-    expected_ms = prefill_stair_ms(computed_rows(tokens)) + prefill_attention_ms(tokens, context)
+    expected_ms = prefill_stair_ms(prefill_rows(tokens)) + prefill_attention_ms(tokens, context)
     assert prefill_ms(model(padded=SIZES), tokens, context) == pytest.approx(expected_ms, rel=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 3000)), min_size=1, max_size=6))
+def test_prompts_that_end_within_a_tile_cost_more_than_one_of_as_many_keys_but_no_more_than_whole_tiles(
+    prompts: list[tuple[int, int]],
+) -> None:
+    new, context = zip(*prompts, strict=True)
+    shape = PrefillShape.of(new, context)
+    as_one = PrefillShape(shape.tokens, shape.pairs)
+    whole = PrefillShape(shape.tokens, sum((q + 31) * (c + q / 2) for q, c in prompts))
+    plain, tiles = (model(padded=Padded(queries=queries)) for queries in (1, 32))
+    times = [tiles.prefill_s(each, WHOLE, None)[0] for each in (as_one, shape)]
+    assert times[0] == plain.prefill_s(as_one, WHOLE, None)[0] == plain.prefill_s(shape, WHOLE, None)[0]
+    assert times[0] <= times[1] <= plain.prefill_s(whole, WHOLE, None)[0]
+    assert len(prompts) > 1 or times[0] == times[1]
 
 
 @given(st.integers(1, 64))
@@ -128,9 +138,9 @@ def test_on_the_spine_a_time_stays_between_its_measured_neighbours(batch: int) -
         assert decode_stair_ms(low) - 1e-12 <= found_ms <= decode_stair_ms(high) + 1e-12
 
 
-def test_sizes_are_those_that_the_executor_pads_to_and_whole_tiles_beyond() -> None:
-    assert [next(s for s in SIZES.tokens if s >= n) for n in range(1, 2049)] == [
-        computed_rows(n) for n in range(1, 2049)
+def test_sizes_are_those_that_the_executor_pads_to() -> None:
+    assert [next(s for s in SIZES.tokens if s >= n) for n in range(1, 1025)] == [
+        prefill_rows(n) for n in range(1, 1025)
     ]
     assert [next(s for s in SIZES.batch if s >= n) for n in range(1, 65)] == [decode_rows(n, 64) for n in range(1, 65)]
 
@@ -170,7 +180,7 @@ def mixed_table() -> list[MixedPoint]:
 
 
 def mixed_ms(tokens: float, context: float, batch: float, kv_tokens: float) -> float:
-    rows = computed_rows(int(tokens + batch))
+    rows = prefill_rows(int(tokens + batch))
     known = np.interp(rows, SPINE_TOKENS, [prefill_stair_ms(t) for t in SPINE_TOKENS])
     return float(known) + 1e-7 * tokens * context + 2e-5 * kv_tokens + 1e-3 * batch
 
@@ -180,7 +190,7 @@ def test_a_fused_step_has_the_stair_of_the_rows_of_both(tokens: int, context: in
     found_s, outside = model(mixed=mixed_table(), padded=SIZES).mixed_s(
         PrefillShape(tokens, float(tokens * context)), DecodeShape(batch, kv)
     )
-    rows = computed_rows(tokens + batch)
+    rows = prefill_rows(tokens + batch)
     if rows in SPINE_TOKENS:  # elsewhere the size is between two that were measured, and so is the time
         assert found_s / LAYERS * 1e3 == pytest.approx(mixed_ms(tokens, context, batch, kv), rel=1e-9)
     assert not outside
