@@ -120,8 +120,8 @@ class Curve {
         return outside;
     }
 
-    // This curve with the time at each knot divided by what a grid of vectors has for it at a place: the share
-    // of its speed that is left.
+    // This curve with the time at each knot divided by what a grid of vectors has for it at a place: the
+    // share of its speed that is left.
     Curve at_speed(const Grid& grid, const double* place, double low, double high) const {
         if (grid.width != seconds_.size()) throw std::invalid_argument("a speed for each knot is needed");
         std::vector<double> seconds(grid.width);

@@ -38,8 +38,8 @@ PYBIND11_MODULE(_steps, m) {
     m.doc() = "What steps cost and when they end; semipd.table_cost and semipd.sim say what for.";
 
     py::class_<Axis>(m, "Axis")
-        .def(py::init<std::vector<double>, double, double, bool, double>(), py::arg("values"),
-             py::arg("low"), py::arg("high"), py::arg("log"), py::arg("offset") = 0.0)
+        .def(py::init<std::vector<double>, double, double, bool, double>(), py::arg("values"), py::arg("low"),
+             py::arg("high"), py::arg("log"), py::arg("offset") = 0.0)
         .def_readonly("low", &Axis::low)
         .def_readonly("high", &Axis::high)
         .def(py::pickle(

@@ -129,7 +129,7 @@ class PrefillShape:
     def __init__(self, tokens: int, pairs: float, contexts: float | None = None) -> None:
         self.tokens = tokens
         self.pairs = pairs
-        self.contexts = (pairs / tokens if tokens else 0.0) if contexts is None else contexts
+        self.contexts = self.mean_context if contexts is None else contexts
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PrefillShape) and (self.tokens, self.pairs, self.contexts) == (
@@ -143,8 +143,8 @@ class PrefillShape:
 
     @property
     def mean_context(self) -> float:
-        """Keys a query attends to on average, ``pairs / tokens``."""
-        return self.pairs / self.tokens
+        """Keys a query attends to on average, ``pairs / tokens``; 0 without any."""
+        return self.pairs / self.tokens if self.tokens else 0.0
 
     @staticmethod
     def of(new_tokens: tuple[int, ...], context_lens: tuple[int, ...]) -> PrefillShape:

@@ -60,7 +60,7 @@ class PrefillWork:
 
         A prompt of q new tokens after c cached ones has a mean context of c + q / 2. Of prompts that are too long for
         the mean context there are as many more as it takes to make them short enough and equal. Raises InputError
-        when that are more than twice as many as would do if they need not be equal.
+        when no number from the fewest to twice as many deals them evenly.
         """
         most = 2 * mean_context
         if tokens <= most:

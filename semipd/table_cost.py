@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from math import ceil
 from typing import TypeVar
 
 from semipd._steps import Axis, Curve, Grid
@@ -138,9 +139,14 @@ class TableCost:
         return Curve(shared.kv_tokens, layer_s * self.layers, shared.low, shared.high, outside)
 
     def _context(self, shape: PrefillShape) -> float:
-        """Mean context of a prefill batch, each prompt but one counting for half a tile of queries more."""
-        mean = shape.pairs / shape.tokens
-        return mean + self._spare_queries * (shape.contexts - mean) / shape.tokens
+        """Mean context of a prefill batch as attention computes it.
+
+        A prompt counts for half a tile of queries more, unless there have to be so many: of prompts without cached
+        tokens the longest that have this mean context, of others one. Such batches the tables hold.
+        """
+        mean, tokens = shape.mean_context, shape.tokens
+        fewest = ceil(tokens / (2 * mean)) if mean else 1
+        return mean + self._spare_queries * max(0.0, shape.contexts - fewest * mean) / max(1, tokens)
 
     def _numbers(self, shape: PrefillShape | DecodeShape) -> dict[str, float]:
         """By the names of the axes."""

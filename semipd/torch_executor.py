@@ -127,7 +127,7 @@ def activation_bytes(config: ModelConfig, tokens: int, sequences: int) -> int:
 GRAPHS_BYTES = 28 << 20
 """Left for each layer's CUDA graphs on a partition, and cuBLAS's workspaces, of which it has one for each stream.
 
-On an H200, a layer of Llama-3-8B took 10 to 12 MiB for 35 sizes of decode, and 19 MiB for 24 of prefill.
+On an H200, a layer of Llama-3-8B took 10 to 12 MiB for 35 sizes of decode, and 19 MiB for 24 of prefill; there are 20.
 """
 
 
@@ -232,13 +232,14 @@ class TorchExecutor:
 
         Raises ValueError as ``Executor.launch`` does; for a sequence that has all its output or not the cached tokens
         that the run says; for more sequences than ``max_num_seqs``; for layers that are not those left of the batch
-        that was stopped; and for an allocation that the device does not have.
+        that was stopped last, without another one since; and for an allocation that the device does not have.
         """
         check_launch(run, [flight.run for flight in self._flights()])
         if run.phase is Phase.PREFILL:
             self._launch_prefill(run)
         elif run.phase is Phase.MIXED:
             self.sequences.check(run)
+            self._stopped = None
             self._mixed = MixedFlight(self.engine, self.sequences, run, self.now)
         else:
             if len(run.requests) > self.engine.max_num_seqs:
@@ -298,9 +299,10 @@ class TorchExecutor:
     def prepare(self, allocations: Iterable[Allocation], prefill_tokens: int = 1) -> None:
         """Do now what would otherwise be done at the first launch at each allocation, and take its memory.
 
-        That is the capture of decode steps for every bucket, workspaces, and what a prefill batch of so many tokens
-        needs. To be called with nothing in flight.
+        That is the capture of decode steps and of prefill layers for every number of rows, workspaces, and what a
+        prefill batch of so many tokens needs. To be called with nothing in flight. A batch that was stopped is lost.
         """
+        self._stopped = None
         for at in allocations:
             self.engine.prepare(at, prefill_tokens)
 

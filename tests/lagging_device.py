@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from semipd.core import Allocation, Phase
 from semipd.torch_device import CpuDevice, CpuStream
@@ -22,6 +23,11 @@ class LaggingStream(CpuStream):
         self.marks.append(LaggingMark(self, len(self.marks)))
         self.most_pending = max(self.most_pending, len(self.marks) - self.reached)
         return self.marks[-1]
+
+    def capture(self, work: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+        if not warm:
+            work()
+        return work
 
     def look(self) -> None:
         self._looks += 1

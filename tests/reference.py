@@ -410,6 +410,8 @@ class Reference:
             Phase.MIXED: self.overheads.mixed_start_ms,
         }
         launch = ms(start_ms[phase])
+        if phase is Phase.DECODE:
+            launch += ms(self.overheads.decode_start_per_sequence_ms) * len(self.decoding)
         return Stage(max(Fraction(0), self.switched - self.now) + (0 if goes_on else launch))
 
     def fuse(self) -> None:

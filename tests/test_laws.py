@@ -62,7 +62,13 @@ class Restless:
 
 NONE_OR_SOME = (
     NO_OVERHEADS,
-    Overheads(prefill_start_ms=125.0, decode_start_ms=62.5, mixed_start_ms=250.0, switch_ms=500.0),
+    Overheads(
+        prefill_start_ms=125,
+        decode_start_ms=62.5,
+        decode_start_per_sequence_ms=31.25,
+        mixed_start_ms=250,
+        switch_ms=500,
+    ),
 )
 
 

@@ -203,3 +203,13 @@ def test_every_fused_point_is_reproduced_padded_or_not() -> None:
             chunk = PrefillShape(x.tokens, float(x.tokens * x.mean_context))
             found_s = cost.mixed_s(chunk, DecodeShape(x.batch, x.kv_tokens))[0]
             assert found_s == pytest.approx(x.median_ms * LAYERS / 1e3, rel=1e-12)
+
+
+def test_batches_of_the_shipped_profile_cost_what_they_took_prompts_and_all() -> None:
+    profile = load_profile("h200/llama-3-8b")
+    cost = profile.cost()
+    for p in profile.prefill.points:
+        batch = PrefillShape.of((p.seq_tokens,) * p.seqs, (p.seq_context,) * p.seqs)
+        found_s = cost.prefill_s(batch, Allocation(Mode.EXCLUSIVE, p.sms, p.sms), None)[0]
+        fewest = p.seqs == -(-p.tokens // (2 * p.mean_context))
+        assert found_s * 1e3 == pytest.approx(p.median_ms, rel=1e-9 if fewest else 0.01)

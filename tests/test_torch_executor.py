@@ -272,6 +272,40 @@ def test_law_11_holds_for_fused_batches(lag: int) -> None:
     assert executor.sequences.blocks.free == 40
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("prompt_len", [1, 9, 17])
+def test_a_batch_goes_on_where_nothing_was_captured_for_it(name: str, prompt_len: int) -> None:
+    executor, layers = executor_of(20, name=name, device=LaggingDevice(3, 3)), MODELS[name].layers
+    request = Request(0, 0.0, prompt_len, 5)
+    first = prefill(1, request, layers=layers)
+    executor.launch(first)
+    executor._flights()[0].feed()
+    executor.yield_(1)
+    (record,) = executor.wait(None)
+    assert record.steps < layers
+    there = Allocation(Mode.SPLIT, 32, 100)
+    do(executor, replace(first, id=2, max_steps=layers - record.steps, allocation=there, sms=32))
+    do(executor, decode(3, request))
+    assert list(executor.tokens(0)) == alone(name, 0, prompt_len)[:5]
+
+
+@pytest.mark.parametrize("between", ["fused", "prepared"])
+def test_a_stopped_batch_is_given_up_when_others_get_its_memory(between: str) -> None:
+    executor, request, other = executor_of(20, device=LaggingDevice(3, 3)), Request(0, 0.0, 9, 5), Request(1, 0.0, 5, 3)
+    first = prefill(1, request)
+    executor.launch(first)
+    executor._flights()[0].feed()
+    executor.yield_(1)
+    (record,) = executor.wait(None)
+    if between == "fused":
+        whole = Allocation(Mode.MIXED, 132, 132, 16)
+        do(executor, Run(2, Phase.MIXED, (other,), (5,), (0,), 132, 1, whole, (True,)))
+    else:
+        executor.prepare([SPLIT], 8)
+    with pytest.raises(ValueError, match="but of no batch that was stopped"):
+        executor.launch(replace(first, id=3, max_steps=TINY.layers - record.steps))
+
+
 def test_layers_that_no_stopped_batch_has_left_are_refused() -> None:
     one, other = (Request(i, 0.0, 5, 1) for i in range(2))
     executor = executor_of(20)

@@ -37,7 +37,7 @@ class Adaptive:
     decode gets as many SMs as its SLO needs beside this prefill, prefill the rest.
 
     Both loads are rounded up (``STEPS_PER_OCTAVE``): tokens, mean context, batch and KV tokens by under 26 % each,
-    so predicted decode steps err on the safe side.
+    so predicted decode steps err on the safe side. A prefill batch is looked up as if it were one prompt.
     """
 
     name = "adaptive"
