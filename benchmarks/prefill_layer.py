@@ -49,7 +49,7 @@ def main(
     model: Annotated[Path, typer.Option(help="YAML file as in configs/models.")],
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     tokens: Annotated[list[int], typer.Option(help="Repeatable.")] = [16, 64, 128, 256, 512, 1024, 2048],  # noqa: B006 - typer copies
-    sms: Annotated[list[int], typer.Option(help="Prefill SMs of a split; 0: whole device. Repeatable.")] = [0, 64],  # noqa: B006
+    sms: Annotated[list[int], typer.Option(help="Prefill SMs of a split; 0: whole device. Repeatable.")] = [0, 64],  # noqa: B006 - likewise
 ) -> None:
     """Print a line for every batch and partition."""
     config = load(model, ModelConfig)

@@ -93,17 +93,23 @@ class Cell:
         return ", ".join(words)
 
 
+LEAST_SMS = 8
+"""Of a partition on which a model runs: on 4 SMs of an H200 kernels of cuBLAS do not start."""
+
+
 def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
     """The coarse rectangles with their spines, in the order in which they are measured.
 
     Phases alone come first, then fused batches, and the ways of sharing from the most even one on.
 
-    Raises InputError for sizes that the device does not have.
+    Raises InputError for sizes that the device does not have, or that leave too few SMs.
     """
     for name, sizes in (("prefill_sms", config.prefill_sms), ("capped_sms", config.capped_sms)):
         for sms in sizes:
             if sms >= device_sms:
                 raise InputError(f"{name}: found {sms}; expected less than the {device_sms} SMs of the device")
+            if device_sms - sms < LEAST_SMS:
+                raise InputError(f"{name}: found {sms}; expected at least {LEAST_SMS} of {device_sms} SMs to be left")
     if unknown := sorted({*config.capped_sms} - {*config.prefill_sms}):
         raise InputError(f"capped_sms: found {unknown[0]}; expected sizes that prefill_sms has")
     whole = Allocation(Mode.EXCLUSIVE, device_sms, device_sms)

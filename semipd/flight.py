@@ -109,7 +109,8 @@ class PrefillFlight(Flight):
     """Layers of one batch.
 
     A batch that goes on after a yield may do so on another stream. That needs no event: the run before has been seen
-    to end, and a tensor's memory goes back to the stream it came from, where nothing runs meanwhile.
+    to end. Its state is in buffers that stay where they are, or in tensors whose memory goes back to the stream that
+    it came from, where nothing runs meanwhile.
     """
 
     def __init__(

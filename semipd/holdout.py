@@ -214,7 +214,8 @@ GROUPS = ("prefill alone", "prefill beside", "decode alone", "decode beside", "m
 def held_out(profile: Profile) -> dict[str, dict[str, Errors]]:
     """How far models are off at a profile's held-out points, by group and model; nothing when it has none.
 
-    The models: ``table``, ``solo`` and, if it is known which model was run, ``roofline``.
+    The models: ``table``, ``solo`` and, if it is known which model was run, ``roofline``. Points in modes that
+    the tables refuse are left out.
 
     Raises InputError as ``read_table`` and ``Profile.cost`` do.
     """
@@ -226,7 +227,8 @@ def held_out(profile: Profile) -> dict[str, dict[str, Errors]]:
     if profile.model is not None:
         described = build(dict(profile.model), ModelConfig, f"{profile.folder / 'profile.json'}: model")
         models["roofline"] = fitted(described, sms, profile.prefill.points, profile.decode.points)
-    return errors(read_points(path, HoldoutPoint), models, path)
+    refused = {mode.value for mode in cost.refused}
+    return errors([p for p in read_points(path, HoldoutPoint) if p.mode not in refused], models, path)
 
 
 def as_document(found: Mapping[str, Mapping[str, Errors]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -130,7 +130,7 @@ class Ragged:
 class PagedKvCache:
     """Keys and values of every layer, each [layers, num_blocks + 1, block_size, kv_heads, head_dim], zero at first.
 
-    The last block, ``scratch``, belongs to no sequence: the rows that pad a decode batch live there.
+    The last block, ``scratch``, belongs to no sequence: the rows that pad a batch live there.
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: str) -> None:

@@ -88,7 +88,7 @@ class PrefillWork:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWork:
-    """A decode step to measure: ``batch`` sequences that share ``kv_tokens`` cached tokens evenly."""
+    """A decode step to measure: ``batch`` sequences that share ``kv_tokens`` cached tokens, evenly by ``lengths``."""
 
     batch: int
     kv_tokens: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,20 @@ def test_held_out_points_are_ragged_and_off_the_grid_and_drawn_with_the_seed(mea
     assert read_points(tmp_path / "p" / "holdout.csv", HoldoutPoint) == points
     measure(tmp_path / "q", holdout=60, seed=1)
     assert read_points(tmp_path / "q" / "holdout.csv", HoldoutPoint) != points
+
+
+def test_held_out_points_in_a_mode_that_lacks_a_point_are_left_out(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured, folder := tmp_path / "p")
+    rows = (folder / "hybrid.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    gone = next(i for i, row in enumerate(rows) if row.startswith("capped,"))
+    (folder / "hybrid.csv").write_text("".join(rows[:gone] + rows[gone + 1 :]), encoding="utf-8")
+    capped = [p for p in read_points(folder / "holdout.csv", HoldoutPoint) if p.mode == "capped"]
+    whole, found = (held_out(load_profile(path)) for path in (measured, folder))
+    assert capped
+    for phase in ("prefill", "decode"):
+        left_out = sum(p.phase == phase for p in capped)
+        assert found[f"{phase} beside"]["table"].points == whole[f"{phase} beside"]["table"].points - left_out
+    assert found["mixed"] == whole["mixed"]
 
 
 def test_errors_are_those_of_a_plain_computation(measured: Path) -> None:
@@ -314,6 +329,7 @@ def test_areas_are_phases_alone_first_and_the_most_even_split_before_the_others(
     ("changed", "message"),
     [
         ({"prefill_sms": (8, 32)}, "prefill_sms: found 32; expected less than the 32 SMs of the device"),
+        ({"prefill_sms": (8, 28)}, "prefill_sms: found 28; expected at least 8 of 32 SMs to be left"),
         ({"capped_sms": (4,)}, "capped_sms: found 4; expected sizes that prefill_sms has"),
     ],
 )

@@ -34,7 +34,7 @@ from plain_forward import plain_tokens  # noqa: E402
 from semipd.attention import TorchAttention, TorchPlan  # noqa: E402
 from semipd.flight import LOOK_AHEAD  # noqa: E402
 from semipd.model import Model, Weights, random_weights  # noqa: E402
-from semipd.padding import decode_rows, prefill_rows  # noqa: E402
+from semipd.padding import decode_rows, prefill_rows  # noqa: E402 - likewise
 from semipd.paged_kv import PagedKvCache, Ragged  # noqa: E402
 from semipd.sequences import random_prompts  # noqa: E402
 from semipd.torch_device import CpuDevice, Device, partition_of  # noqa: E402
