@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from semipd.config import DecodeAxes, ProfileConfig
+from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.padding import MOST_PREFILL_ROWS, prefill_sizes
 from semipd.rectangle import SPINE, Place, Rectangle
@@ -24,7 +24,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "mixed": ("tokens", "mean_context", "batch", "kv_tokens"),
 }
 
-HOST_S = 0.03
+HOST_S = 0.01
 """About what the host does for a measurement while the device idles."""
 
 
@@ -123,15 +123,18 @@ def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
     decode_sizes = {at.decode_sms: at for at in alone}
     found = {Area("prefill", at): config.prefill.values for at in alone}
     found |= {Area("decode", at): config.decode.values for at in decode_sizes.values()}
-    both = (*config.both_prefill.values, *config.both_decode.values)
     if "mixed" in config.modes:
         mixed = Allocation(Mode.MIXED, device_sms, device_sms, max(config.both_prefill.tokens))
-        found[Area("mixed", mixed)] = both
+        found[Area("mixed", mixed)] = _values(*config.both(Mode.MIXED))
     ways = [at for mode in config.modes for at in shared.get(mode, ())]
     for at in sorted(ways, key=lambda at: (at.mode is not Mode.SPLIT, abs(at.prefill_sms - device_sms / 2))):
-        found[Area("hybrid", at)] = both
+        found[Area("hybrid", at)] = _values(*config.both(at.mode))
     spines = {"prefill": config.prefill_spine, "decode": config.decode_spine}
     return {area: _rectangle(area.table, values, spines.get(area.table, ())) for area, values in found.items()}
+
+
+def _values(prefill: PrefillAxes, decode: DecodeAxes) -> tuple[tuple[int, ...], ...]:
+    return *prefill.values, *decode.values
 
 
 def _rectangle(table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int, ...]) -> Rectangle:
@@ -181,15 +184,23 @@ def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
             )
         return axes.model_copy(update={"kv_tokens": kept})
 
-    both = [PrefillWork.at(t, m) for t in config.both_prefill.tokens for m in config.both_prefill.mean_context]
-    return config.model_copy(update={"decode": room(config.decode, ()), "both_decode": room(config.both_decode, both)})
+    def works(axes: PrefillAxes) -> list[PrefillWork]:
+        return [PrefillWork.at(t, m) for t in axes.tokens for m in axes.mean_context]
+
+    kept = {"decode": room(config.decode, ()), "both_decode": room(config.both_decode, works(config.both_prefill))}
+    prefill, decode = config.both(Mode.CAPPED)
+    if config.overlapping_prefill or config.overlapping_decode:
+        kept["overlapping_decode"] = room(decode, works(prefill))
+    return config.model_copy(update=kept)
 
 
 def longest_sequence(config: ProfileConfig) -> int:
     """Tokens of the longest sequence that may be measured."""
-    works = [DecodeWork(min(axes.batch), max(axes.kv_tokens)) for axes in (config.decode, config.both_decode)]
+    both = [config.both(mode) for mode in (Mode.SPLIT, Mode.CAPPED)]
+    decodes = config.decode, *(decode for _, decode in both)
+    works = [DecodeWork(min(axes.batch), max(axes.kv_tokens)) for axes in decodes]
     most_kv = max(max(Decodes.of(work).lengths) for work in works)
-    contexts = max(max(axes.mean_context) for axes in (config.prefill, config.both_prefill))
+    contexts = max(max(axes.mean_context) for axes in (config.prefill, *(prefill for prefill, _ in both)))
     return most_kv + contexts + config.max_num_batched_tokens
 
 
@@ -202,7 +213,8 @@ def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> flo
     else:
         steps_s += [roofline.prefill_s(p, at, None)[0]] if p else []
         steps_s += [float(roofline.decode_s(d, at, None)[0][0])] if d else []
-    limited = at.mode is Mode.EXCLUSIVE or (p and d)
-    load_s = ((config.limited_settle_ms if limited else config.settle_ms) + config.measure_ms) / 1e3
+    limited = bool(p and d) or (at.prefill_sms >= at.decode_sms if p else at.decode_sms >= at.prefill_sms)
+    settle_s = (config.limited_settle_ms if limited else config.settle_ms) / 1e3
     slow_s = max(steps_s)
-    return max(load_s, min((STEPS + 2) * slow_s, config.limit_ms / 1e3), (FEW_STEPS + 2) * slow_s) + HOST_S
+    steady_s = max(config.measure_ms / 1e3, min(STEPS * slow_s, config.limit_ms / 1e3), FEW_STEPS * slow_s) + 2 * slow_s
+    return (settle_s + steady_s) * (1 + config.rest_share * limited) + HOST_S

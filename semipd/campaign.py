@@ -210,6 +210,7 @@ class Campaign:
             forget=subject.forget,
             settle_s=(config.limited_settle_ms if at_random else config.settle_ms) / 1e3,
             limited_settle_s=config.limited_settle_ms / 1e3,
+            rest_share=config.rest_share,
             measure_s=config.measure_ms / 1e3,
             limit_s=config.limit_ms / 1e3,
         )

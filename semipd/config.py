@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from semipd.core import InputError
+from semipd.core import InputError, Mode
 from semipd.padding import decode_sizes, prefill_sizes
 from semipd.shipped import shipped_files
 from semipd.slo import Slo
@@ -362,33 +362,41 @@ class ProfileConfig(Strict):
     """What ``semipd profile`` measures of a model.
 
     ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
-    ``decode``: each phase alone; ``both_prefill``, ``both_decode``: both at once. ``prefill_spine``, ``decode_spine``:
-    more tokens and batches, measured at the least mean context and KV tokens only; what is not between the ends of
-    their rectangle is left out. From there on, values are added where the cost model errs by more than
-    ``tolerance``, as time allows; KV tokens that do not fit into memory are left out. ``backends``: attention kernels
-    that prefill may use, of which the fastest is taken on each partition. ``warmup_s``: small runs before all else, at
-    most for so long. ``settle_ms``: load before a measurement of one phase on a part of the SMs, ``limited_settle_ms``
-    before one of what may reach the power limit: both phases, or the whole device. ``measure_ms``: its length, and with
-    long steps at most about ``limit_ms``. ``holdout``: random points to measure last, and to hold the cost model
-    against. ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
+    ``decode``: each phase alone; ``both_prefill``, ``both_decode``: both at once on SMs of their own, or fused;
+    ``overlapping_prefill``, ``overlapping_decode``: both at once where they share SMs (capped, priority), by default
+    the same. ``prefill_spine``, ``decode_spine``: more tokens and batches, measured at the least mean context and KV
+    tokens only; what is not between the ends of their rectangle is left out. From there on, values are added where the
+    cost model errs by more than ``tolerance``, as time allows; KV tokens that do not fit into memory are left out.
+    ``backends``: attention kernels that prefill may use, of which the fastest is taken on each partition.
+
+    ``warmup_s``: small runs before all else, at most for so long. ``settle_ms``: load before a measurement of one phase
+    on less than half of the SMs, ``limited_settle_ms`` before one of what may reach the power limit, after which the
+    device rests for ``rest_share`` of the time that it was loaded. ``measure_ms``: length of a measurement, with long
+    steps at most about ``limit_ms``. ``holdout``: random points to measure last, and to hold the cost model against.
+    ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
     """
 
     prefill_sms: Axis = (16, 32, 48, 64, 80, 96, 112)
     capped_sms: tuple[Positive, ...] = (32, 64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
-    prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 2048, 8192), mean_context=(64, 4096, 32768))
+    prefill: PrefillAxes = PrefillAxes(
+        tokens=(16, 128, 512, 1024, 4096, 8192), mean_context=(64, 512, 4096, 16384, 32768)
+    )
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
-    decode: DecodeAxes = DecodeAxes(batch=(1, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
+    decode: DecodeAxes = DecodeAxes(batch=(1, 8, 32, 40, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = (*decode_sizes(32), *range(48, 256, 16))
-    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 96, 640, 4096), mean_context=(64, 16384))
+    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 64, 256), kv_tokens=(512, 131072, 524288))
+    overlapping_prefill: PrefillAxes | None = None
+    overlapping_decode: DecodeAxes | None = DecodeAxes(batch=(8, 10, 64, 256), kv_tokens=(512, 32768, 131072, 524288))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03
     warmup_s: NotNegative = 5.0
     settle_ms: NotNegative = 20.0
-    limited_settle_ms: NotNegative = 120.0
+    limited_settle_ms: NotNegative = 70.0
+    rest_share: NotNegative = 0.3
     measure_ms: PositiveFloat = 50.0
-    limit_ms: PositiveFloat = 400.0
+    limit_ms: PositiveFloat = 200.0
     holdout: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
     limit_s: PositiveFloat | None = 480.0
@@ -399,15 +407,33 @@ class ProfileConfig(Strict):
     peak_tflops: PositiveFloat = 700.0
     peak_tbps: PositiveFloat = 4.2
 
+    @model_validator(mode="before")
+    @classmethod
+    def _overlapping_as_both(cls, data: Any) -> Any:
+        """Where only the latter are given, the defaults of the former were not meant to hold."""
+        if not isinstance(data, dict):
+            return data
+        return {f"overlapping_{phase}": None for phase in ("prefill", "decode") if f"both_{phase}" in data} | data
+
+    def both(self, mode: Mode) -> tuple[PrefillAxes, DecodeAxes]:
+        """What is measured of both phases at once in a mode."""
+        if mode in (Mode.CAPPED, Mode.PRIORITY):
+            return self.overlapping_prefill or self.both_prefill, self.overlapping_decode or self.both_decode
+        return self.both_prefill, self.both_decode
+
     @model_validator(mode="after")
     def _can_run(self) -> ProfileConfig:
-        for name, prefill in (("prefill", self.prefill), ("both_prefill", self.both_prefill)):
+        prefills = {"prefill": self.prefill, "both_prefill": self.both_prefill}
+        prefills |= {"overlapping_prefill": self.overlapping_prefill} if self.overlapping_prefill else {}
+        decodes = {"decode": self.decode, "both_decode": self.both_decode}
+        decodes |= {"overlapping_decode": self.overlapping_decode} if self.overlapping_decode else {}
+        for name, prefill in prefills.items():
             if max(prefill.tokens) > self.max_num_batched_tokens:
                 raise ValueError(
                     f"{name}.tokens: found {max(prefill.tokens)}; expected at most max_num_batched_tokens, "
                     f"{self.max_num_batched_tokens}"
                 )
-        for name, decode in (("decode", self.decode), ("both_decode", self.both_decode)):
+        for name, decode in decodes.items():
             if max(decode.batch) > self.max_num_seqs:
                 raise ValueError(
                     f"{name}.batch: found {max(decode.batch)}; expected at most max_num_seqs, {self.max_num_seqs}"

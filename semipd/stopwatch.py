@@ -18,7 +18,6 @@ from semipd.core import (
     DecodeShape,
     FloatArray,
     IntArray,
-    Mode,
     Phase,
     PrefillShape,
     Request,
@@ -108,6 +107,14 @@ class Steps:
         return Steps(self.starts_s[chosen], self.ends_s[chosen])
 
 
+@dataclass(frozen=True)
+class SteadyLoad:
+    """Runs one after the other, by phase, and the time from which on they count."""
+
+    records: dict[Phase, list[StepRecord]]
+    settled_s: float
+
+
 def inner_steps(records: list[StepRecord], layers: int) -> Steps:
     """The steps that a run's start and end are not part of.
 
@@ -168,7 +175,9 @@ class Stopwatch:
         forget: Told the ids of requests that will not go on.
         settle_s: Load before the steps that count, of one phase on a part of the SMs.
         limited_settle_s: The same of what may reach the device's power limit, where clocks take longer to settle: both
-            phases, or the whole device. As ``settle_s`` if not given.
+            phases, or one on at least half of the SMs. As ``settle_s`` if not given.
+        rest_share: After such a load the device rests for so many times as long as it was under it: one whose power is
+            at the limit for a second clocks lower from then on, by no fixed amount.
         measure_s: Load with steps that count, at least.
         limit_s: After which a few steps have to do.
     """
@@ -181,6 +190,7 @@ class Stopwatch:
         forget: Callable[[tuple[int, ...]], None] = lambda ids: None,  # noqa: ARG005 - nothing is kept
         settle_s: float = 0.02,
         limited_settle_s: float | None = None,
+        rest_share: float = 0.0,
         measure_s: float = 0.05,
         limit_s: float = 0.4,
     ) -> None:
@@ -188,6 +198,7 @@ class Stopwatch:
         self._executor, self._forget = executor, forget
         self._settle_s, self._measure_s, self._limit_s = settle_s, measure_s, limit_s
         self._limited_settle_s = settle_s if limited_settle_s is None else limited_settle_s
+        self._rest_share = rest_share
         self._runs = 0
         self._sampling_s: dict[Allocation, float] = {}
         self._starts_s: dict[Phase, list[float]] = {phase: [] for phase in Phase}
@@ -195,16 +206,13 @@ class Stopwatch:
     def prefill(self, batch: Prompts, at: Allocation) -> Spread:
         """A layer of the batch, alone on its partition."""
         sampling_s = self._sampling(at)
-        settle_s = self._settle_alone_s(at)
-        records = self._steady({Phase.PREFILL: self._prefill(batch, at)}, settle_s)[Phase.PREFILL]
-        times_s = self._alone(records, settle_s)
+        times_s = self._alone(Phase.PREFILL, self._prefill(batch, at), at.prefill_sms >= at.decode_sms)
         return spread_of((times_s + sampling_s / self.layers) * 1e3)
 
     def decode(self, batch: Decodes, at: Allocation) -> Spread:
         """A layer of a decode step, alone on its partition."""
-        settle_s = self._settle_alone_s(at)
-        records = self._steady({Phase.DECODE: self._decode(batch, at)}, settle_s)[Phase.DECODE]
-        return spread_of(self._alone(records, settle_s) / self.layers * 1e3)
+        times_s = self._alone(Phase.DECODE, self._decode(batch, at), at.decode_sms >= at.prefill_sms)
+        return spread_of(times_s / self.layers * 1e3)
 
     def both(self, prefill: Prompts, decode: Decodes, at: Allocation) -> tuple[Spread, Spread]:
         """A layer of each phase while the other runs.
@@ -213,14 +221,11 @@ class Stopwatch:
         """
         sampling_s = self._sampling(at)
         works = {Phase.DECODE: self._decode(decode, at), Phase.PREFILL: self._prefill(prefill, at)}
-        settle_s = self._limited_settle_s
         for tries in range(1, TRIES + 1):
-            records = self._steady(works, settle_s, longer=tries)
+            load = self._limited(works, longer=tries)
+            records = load.records
             pairs = ((Phase.PREFILL, Phase.DECODE), (Phase.DECODE, Phase.PREFILL))
-            found = {
-                phase: covered(self._settled(records[phase], settle_s), records[other]).times_s
-                for phase, other in pairs
-            }
+            found = {phase: covered(self._settled(load, phase), records[other]).times_s for phase, other in pairs}
             if min(map(len, found.values())) >= FEW_STEPS:
                 break
         if min(map(len, found.values())) == 0:
@@ -232,11 +237,11 @@ class Stopwatch:
 
     def mixed(self, prefill: Prompts, decode: Decodes, at: Allocation) -> Spread:
         """A fused step of both, divided by the layers; from its launch on, as every step is a run of its own."""
-        settle_s = self._limited_settle_s
-        records = self._steady({Phase.MIXED: self._mixed(prefill, decode, at)}, settle_s)[Phase.MIXED]
+        load = self._limited({Phase.MIXED: self._mixed(prefill, decode, at)})
+        records = load.records[Phase.MIXED]
         gaps = [after.start_s - before.end_s for before, after in pairwise(records)]
         self._starts_s[Phase.MIXED] += gaps
-        settled = [r for r in records if r.start_s >= records[0].start_s + settle_s]
+        settled = [r for r in records if r.start_s >= load.settled_s]
         times_s = np.array([r.end_s - r.start_s for r in settled or records[1:]])
         return spread_of(times_s / self.layers * 1e3)
 
@@ -296,19 +301,26 @@ class Stopwatch:
             self._sampling_s[at] = max(0.0, float(np.median(surplus))) if surplus else 0.0
         return self._sampling_s[at]
 
-    def _settle_alone_s(self, at: Allocation) -> float:
-        return self._limited_settle_s if at.mode is Mode.EXCLUSIVE else self._settle_s
+    def _alone(self, phase: Phase, make: Callable[[int], Run], limited: bool) -> FloatArray:
+        """Times of the steps that count of a phase alone; what lies between runs of prefill is noted."""
+        load = self._limited({phase: make}) if limited else self._steady({phase: make}, self._settle_s)
+        if phase is Phase.PREFILL and self.layers >= 3:
+            self._starts_s[phase] += _starts_s(load.records[phase])
+        return self._settled(load, phase).times_s
 
-    def _alone(self, records: list[StepRecord], settle_s: float) -> FloatArray:
-        """Times of the steps that count of a phase that was alone; what lies between runs of prefill is noted."""
-        if records[0].run.phase is Phase.PREFILL and self.layers >= 3:
-            self._starts_s[Phase.PREFILL] += _starts_s(records)
-        return self._settled(records, settle_s).times_s
+    def _limited(self, works: Mapping[Phase, Callable[[int], Run]], longer: int = 1) -> SteadyLoad:
+        """A steady load that may reach the power limit, and the rest after it."""
+        begun_s = self._executor.now()
+        load = self._steady(works, self._limited_settle_s, longer)
+        ended_s = self._executor.now()
+        while self._executor.now() < ended_s + self._rest_share * (ended_s - begun_s):
+            self._executor.wait(ended_s + self._rest_share * (ended_s - begun_s))
+        return load
 
-    def _settled(self, records: list[StepRecord], settle_s: float) -> Steps:
+    def _settled(self, load: SteadyLoad, phase: Phase) -> Steps:
         """The steps that count, so far as the other phase has no say: after the load has settled, if any do."""
-        steps = inner_steps(records, self.layers)
-        late = steps.where(steps.starts_s >= records[0].start_s + settle_s)
+        steps = inner_steps(load.records[phase], self.layers)
+        late = steps.where(steps.starts_s >= load.settled_s)
         return late if len(late.starts_s) else steps
 
     def _whole_run(self, make: Callable[[int], Run]) -> StepRecord:
@@ -317,10 +329,11 @@ class Stopwatch:
             pass
         return records[0]
 
-    def _steady(
-        self, works: Mapping[Phase, Callable[[int], Run]], settle_s: float, longer: int = 1
-    ) -> dict[Phase, list[StepRecord]]:
-        """Keep a run of each phase in flight until enough steps were seen, and then stop, the slower phase first."""
+    def _steady(self, works: Mapping[Phase, Callable[[int], Run]], settle_s: float, longer: int = 1) -> SteadyLoad:
+        """Keep a run of each phase in flight until enough steps were seen, and then stop, the slower phase first.
+
+        The load settles from when every phase was fed: before, batches of a new size are captured.
+        """
         executor = self._executor
         records: dict[Phase, list[StepRecord]] = {phase: [] for phase in works}
         flying: dict[Phase, Run] = {}
@@ -336,16 +349,18 @@ class Stopwatch:
 
         for phase in works:
             launch(phase)
-        begun_s = executor.now()
+        fed_s: float | None = None
         settled: dict[Phase, int] | None = None
         while flying:
-            for record in executor.wait(executor.now() + TICK_S):
+            ended = executor.wait(executor.now() + TICK_S)
+            fed_s = executor.now() if fed_s is None else fed_s
+            for record in ended:
                 phase = record.run.phase
                 records[phase].append(record)
                 del flying[phase]
                 if phase not in stopped:
                     launch(phase)
-            elapsed_s = executor.now() - begun_s
+            elapsed_s = executor.now() - fed_s
             if not to_stop and elapsed_s >= settle_s:
                 settled = settled or {phase: seen(phase) for phase in works}
                 fresh = {phase: seen(phase) - settled[phase] for phase in works}
@@ -357,7 +372,7 @@ class Stopwatch:
                 stopped.add(phase)
                 executor.yield_(flying[phase].id)
         self._give_up(records)
-        return records
+        return SteadyLoad(records, settle_s + (fed_s or 0.0))
 
     def _give_up(self, records: Mapping[Phase, list[StepRecord]]) -> None:
         finished = {request for found in records.values() for record in found[-1:] for request in record.finished}

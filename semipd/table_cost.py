@@ -65,10 +65,11 @@ class TableCost:
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one layer, alone or beside a decode batch; see ``CostModel.prefill_s``."""
         tokens, context = shape.tokens, self._context(shape)
-        seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").number(tokens, context)
         if beside is None:
-            return seconds, outside
-        speed, also = self._sharing(at).prefill.number(tokens, context, beside.batch, beside.kv_tokens)
+            return _partition(self._prefill, at.prefill_sms, "prefill").number(tokens, context)
+        shared = self._sharing(at)
+        seconds, outside = shared.prefill_alone.number(tokens, context)
+        speed, also = shared.prefill.number(tokens, context, beside.batch, beside.kv_tokens)
         return seconds / speed, outside or also
 
     def decode_s(

@@ -26,6 +26,9 @@ SHARED = ("tokens", "mean_context", "batch", "kv_tokens")
 CONTEXT_KNEE = 2048
 """Of a model with weights: see docs/adr/0005-profiles-through-the-serving-executor.md for what it rests on."""
 
+Surface = tuple[list[int], list[int], FloatArray]
+"""Two variables' values, and seconds at every pair of them, shape [first, second]."""
+
 P = TypeVar("P")
 K = TypeVar("K", bound=Hashable)
 
@@ -47,12 +50,14 @@ class DecodeCurves:
 class Contention:
     """One way of sharing: the share of its speed alone that each phase keeps while the other runs.
 
-    ``prefill``: over (tokens, mean_context, batch, kv_tokens). ``decode``: over (tokens, mean_context, batch), a vector
-    over the knots ``kv_tokens``, which are those of the solo curves and those of the hybrid table.
-    ``solo``: the solo curves at these knots.
+    ``prefill``: over (tokens, mean_context, batch, kv_tokens), of what ``prefill_alone`` has at (tokens, mean_context):
+    the time alone without the stairs that nothing is left of beside the other phase. ``decode``: over (tokens,
+    mean_context, batch), a vector over the knots ``kv_tokens``, which are those of the solo curves and those of the
+    hybrid table. ``solo``: the solo curves at these knots.
     """
 
     prefill: Grid
+    prefill_alone: Grid
     decode: Grid
     solo: Grid
     kv_tokens: FloatArray
@@ -150,8 +155,11 @@ class Tables:
                 raise InputError(f"{source}/{table}: sms: {device_sms} not found; expected it, being the whole device")
         by_mode = _grouped(hybrid, lambda p: p.mode)
 
+        stairs_to = padded.tokens[-1] if padded.tokens else None
+
         def shared(mode: Mode) -> dict[Allocation, Contention]:
-            return _shared(mode, by_mode.get(mode.value, ()), prefill_of, decode_of, device_sms, scales, source)
+            points = by_mode.get(mode.value, ())
+            return _shared(mode, points, prefill_alone, decode_of, device_sms, scales, stairs_to, source)
 
         refused: dict[Mode, str] = {}
 
@@ -174,10 +182,11 @@ class Tables:
 def _shared(
     mode: Mode,
     points: Iterable[HybridPoint],
-    prefill: Mapping[int, Grid],
+    prefill: Mapping[int, Surface],
     decode: Mapping[int, DecodeCurves],
     device_sms: int,
     scales: Scales,
+    stairs_to: int | None,
     source: str,
 ) -> dict[Allocation, Contention]:
     """Contention in every allocation of a mode. Raises InputError as ``Tables.of`` does."""
@@ -200,7 +209,8 @@ def _shared(
             if sms not in measured:
                 raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, for {name} of hybrid.csv")
         alone = prefill[prefill_sms], decode[decode_sms]
-        found[at] = _contention(shared[prefill_sms, decode_sms], *alone, scales, f"{source}/hybrid.csv: {name}")
+        rows = shared[prefill_sms, decode_sms]
+        found[at] = _contention(rows, *alone, scales, stairs_to, f"{source}/hybrid.csv: {name}")
     return found
 
 
@@ -216,9 +226,7 @@ def _fastest(points: Iterable[P], place: Callable[[P], K], time_ms: Callable[[P]
     return {key: min(same, key=time_ms) for key, same in _grouped(points, place).items()}
 
 
-def _prefill_surface(
-    points: Iterable[PrefillPoint], sizes: Sequence[int], where: str
-) -> tuple[list[int], list[int], FloatArray]:
+def _prefill_surface(points: Iterable[PrefillPoint], sizes: Sequence[int], where: str) -> Surface:
     """Seconds of a layer alone over (tokens, mean_context)."""
     best = _fastest(points, lambda p: (p.tokens, p.mean_context), lambda p: p.median_ms)
     seconds = {place: point.median_ms / 1e3 for place, point in best.items()}
@@ -237,7 +245,7 @@ def _decode_curves(points: Iterable[DecodePoint], sizes: Sequence[int], where: s
 
 def _surface(
     seconds: Mapping[tuple[int, int], float], names: tuple[str, str], sizes: Sequence[int], where: str
-) -> tuple[list[int], list[int], FloatArray]:
+) -> Surface:
     """Times over two variables at every pair of some values: the first's, the second's, and the times [first, second].
 
     What was measured at the least value of the second variable is the *spine*, a time for each value of the first. What
@@ -265,8 +273,24 @@ def _stairs(along: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list
     return knots, [min(sizes[bisect_left(sizes, x)] if x <= last else x, along[bisect_left(along, x)]) for x in knots]
 
 
+def _without_stairs(surface: Surface, stairs_to: int | None, tokens: Sequence[int]) -> Grid:
+    """Seconds of a layer alone, between ``stairs_to`` and the last of ``tokens`` at no others than these.
+
+    Batches of up to ``stairs_to`` tokens are padded. Larger ones go in waves of tiles, the last of which is only partly
+    filled: beside the other phase, with the power that this saves, the device clocks higher.
+    """
+    along, contexts, rows = surface
+    kept = [i for i, x in enumerate(along) if stairs_to is None or x <= stairs_to or x in tokens or x > tokens[-1]]
+    return Grid([axis("tokens", [along[i] for i in kept]), axis("mean_context", contexts)], rows[kept])
+
+
 def _contention(
-    points: Iterable[HybridPoint], prefill: Grid, decode: DecodeCurves, scales: Scales, where: str
+    points: Iterable[HybridPoint],
+    prefill: Surface,
+    decode: DecodeCurves,
+    scales: Scales,
+    stairs_to: int | None,
+    where: str,
 ) -> Contention:
     """Speeds at one split: the solo time there, which may lie between solo points, over the measured time.
 
@@ -278,12 +302,13 @@ def _contention(
     offsets = {"mean_context": scales.mean_context, "kv_tokens": scales.kv_tokens}
     axes = [axis(name, v, log=True, offset=offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]
     if values[0][-1] >= FILLS_TOKENS:
-        axes[0] = axis("tokens", values[0], log=True, high=prefill.axes[0].high)
+        axes[0] = axis("tokens", values[0], log=True, high=prefill[0][-1])
     tokens, contexts, batches, kv = values
+    alone = _without_stairs(prefill, stairs_to, tokens)
     knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
 
     prefill_speed = [
-        prefill.number(t, m)[0] / (best[t, m, b, k].prefill_median_ms / 1e3)
+        alone.number(t, m)[0] / (best[t, m, b, k].prefill_median_ms / 1e3)
         for t, m, b, k in itertools.product(tokens, contexts, batches, kv)
     ]
     decode_speed = []
@@ -294,6 +319,7 @@ def _contention(
         decode_speed.append(np.interp(at, among, speed))
     return Contention(
         prefill=Grid(axes, np.array(prefill_speed)),
+        prefill_alone=alone,
         decode=Grid(axes[:3], np.array(decode_speed)),
         solo=Grid(decode.at_batch.axes, np.array([np.interp(knots, decode.kv_tokens, row) for row in decode.rows])),
         kv_tokens=knots,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from synthetic_profile import decode_points, hybrid_points, prefill_points, writ
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.padding import Padded, decode_rows, decode_sizes, prefill_rows, prefill_sizes
 from semipd.profile import load_profile
-from semipd.sweep import DecodePoint, DecodeWork, MixedPoint, PrefillPoint, PrefillWork
+from semipd.sweep import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork
 from semipd.table_cost import TableCost
 from semipd.tables import Tables
 
@@ -34,7 +36,7 @@ def decode_stair_ms(rows: float) -> float:
 
 
 def prefill_stair_ms(rows: float) -> float:
-    return 0.2 + 0.0006 * rows + 0.1 * (rows > 64) + 0.5 * (rows > 512)
+    return 0.2 + 0.0006 * rows + 0.1 * (rows > 64) + 0.5 * (rows > 512) + 0.8 * (rows > 1024)
 
 
 def attention_ms(sequences: float, tokens: float) -> float:
@@ -165,6 +167,43 @@ def test_a_profile_says_what_its_batches_were_padded_to(tmp_path: Path) -> None:
     assert loaded.padded == Padded(batch=(1, 64), tokens=(4096,))
     steps_s = [float(loaded.cost().decode_s(DecodeShape(n, 256), WHOLE, None)[0][0]) for n in (2, 8, 9, 64)]
     assert steps_s[0] == steps_s[1] < steps_s[2] == steps_s[3]  # measured at 1, 8 and 64
+
+
+def shared_model(padded: Padded) -> TableCost:
+    """The tables above on half of the device, too; beside the other phase everything takes 1.5 times as long there."""
+    half = DEVICE // 2
+    prefill = [replace(p, sms=sms) for p in prefill_table() for sms in (half, DEVICE)]
+    decode = [replace(d, sms=sms) for d in decode_table() for sms in (half, DEVICE)]
+    places = itertools.product(
+        [p for p in prefill_table() if p.tokens in COARSE_TOKENS and p.mean_context in (64, 8192)],
+        [d for d in decode_table() if d.batch in (1, 64) and d.kv_tokens in (512, 65536)],
+    )
+    names = ("tokens", "mean_context", "seqs", "seq_tokens", "seq_context")
+    hybrid = [
+        HybridPoint(
+            "split", half, half, *(getattr(p, name) for name in names), d.batch, d.kv_tokens, "fa2", "fa2",
+            *(5, *[1.5 * p.median_ms] * 3), *(5, *[1.5 * d.median_ms] * 3),
+        )
+        for p, d in places
+    ]  # fmt: skip
+    return TableCost(Tables.of(prefill, decode, hybrid, device_sms=DEVICE, layers=LAYERS, padded=padded))
+
+
+@given(st.integers(1024, 8192), st.integers(64, 8192), st.integers(1, 64), st.integers(512, 65536))
+def test_beside_the_other_phase_nothing_is_left_of_the_stairs_beyond_the_padded_sizes(
+    tokens: int, context: int, batch: int, kv_tokens: int
+) -> None:
+    split, beside = Allocation(Mode.SPLIT, DEVICE // 2, DEVICE // 2), DecodeShape(batch, kv_tokens)
+
+    def time_s(cost: TableCost, n: int, other: DecodeShape | None) -> float:
+        return cost.prefill_s(PrefillShape(n, float(n * context)), split, other)[0]
+
+    cost = shared_model(SIZES)
+    straight_s = np.interp(tokens, (1024, 8192), [time_s(cost, n, beside) for n in (1024, 8192)])
+    assert time_s(cost, tokens, beside) == pytest.approx(straight_s, rel=1e-9)
+    assert time_s(cost, 2048, None) > 1.1 * np.interp(2048, (1024, 8192), [time_s(cost, n, None) for n in (1024, 8192)])
+    unpadded = shared_model(Padded())
+    assert time_s(unpadded, tokens, beside) == pytest.approx(1.5 * time_s(unpadded, tokens, None), rel=1e-9)
 
 
 def mixed_table() -> list[MixedPoint]:
