@@ -213,7 +213,7 @@ def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> flo
     else:
         steps_s += [roofline.prefill_s(p, at, None)[0]] if p else []
         steps_s += [float(roofline.decode_s(d, at, None)[0][0])] if d else []
-    limited = bool(p and d) or (at.prefill_sms >= at.decode_sms if p else at.decode_sms >= at.prefill_sms)
+    limited = p is not None and (d is not None or at.prefill_sms >= at.decode_sms)
     settle_s = (config.limited_settle_ms if limited else config.settle_ms) / 1e3
     slow_s = max(steps_s)
     steady_s = max(config.measure_ms / 1e3, min(STEPS * slow_s, config.limit_ms / 1e3), FEW_STEPS * slow_s) + 2 * slow_s

@@ -369,15 +369,15 @@ class ProfileConfig(Strict):
     cost model errs by more than ``tolerance``, as time allows; KV tokens that do not fit into memory are left out.
     ``backends``: attention kernels that prefill may use, of which the fastest is taken on each partition.
 
-    ``warmup_s``: small runs before all else, at most for so long. ``settle_ms``: load before a measurement of one phase
-    on less than half of the SMs, ``limited_settle_ms`` before one of what may reach the power limit, after which the
-    device rests for ``rest_share`` of the time that it was loaded. ``measure_ms``: length of a measurement, with long
-    steps at most about ``limit_ms``. ``holdout``: random points to measure last, and to hold the cost model against.
-    ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
+    ``warmup_s``: small runs before all else, at most for so long. ``settle_ms``: load before a measurement of decode,
+    or of prefill on less than half of the SMs; ``limited_settle_ms`` before one of what may reach the power limit,
+    after which the device rests for ``rest_share`` of the time that it was loaded. ``measure_ms``: length of a
+    measurement, with long steps at most about ``limit_ms``. ``holdout``: random points to measure last, and to hold the
+    cost model against. ``peak_tflops``, ``peak_tbps``: of the device, to estimate how long it will take.
     """
 
     prefill_sms: Axis = (16, 32, 48, 64, 80, 96, 112)
-    capped_sms: tuple[Positive, ...] = (32, 64, 96)
+    capped_sms: tuple[Positive, ...] = (64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
     prefill: PrefillAxes = PrefillAxes(
         tokens=(16, 128, 512, 1024, 4096, 8192), mean_context=(64, 512, 4096, 16384, 32768)
@@ -385,10 +385,10 @@ class ProfileConfig(Strict):
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 8, 32, 40, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = (*decode_sizes(32), *range(48, 256, 16))
-    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 4096), mean_context=(64, 16384))
-    both_decode: DecodeAxes = DecodeAxes(batch=(8, 64, 256), kv_tokens=(512, 131072, 524288))
-    overlapping_prefill: PrefillAxes | None = None
-    overlapping_decode: DecodeAxes | None = DecodeAxes(batch=(8, 10, 64, 256), kv_tokens=(512, 32768, 131072, 524288))
+    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 64, 192, 512, 4096), mean_context=(64, 16384))
+    both_decode: DecodeAxes = DecodeAxes(batch=(8, 16, 36, 256), kv_tokens=(512, 524288))
+    overlapping_prefill: PrefillAxes | None = PrefillAxes(tokens=(16, 128, 512, 4096), mean_context=(64, 16384))
+    overlapping_decode: DecodeAxes | None = DecodeAxes(batch=(8, 16, 36, 256), kv_tokens=(512, 131072, 524288))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03
     warmup_s: NotNegative = 5.0

@@ -16,7 +16,7 @@ from semipd.model_config import ModelConfig
 from semipd.profile import Profile
 from semipd.profiler import Progress
 from semipd.roofline import fitted
-from semipd.stopwatch import Decodes, Prompts, Stopwatch, dealt
+from semipd.stopwatch import LENGTHS_SHAPE, Decodes, Prompts, Stopwatch, dealt
 from semipd.sweep import HoldoutPoint, Spread, TableWriter, read_points
 
 NONE = "-"
@@ -129,19 +129,19 @@ def trials(config: ProfileConfig, areas: Iterable[Area]) -> Iterator[Trial]:
 def _prompts(rng: np.random.Generator, ranges: Ranges) -> Prompts:
     tokens = _log_uniform(rng, ranges.tokens)
     parts = int(rng.integers(1, 1 + min(8, tokens // 8)))
-    new = dealt(rng.gamma(4.0, size=parts), tokens)
+    new = dealt(rng.gamma(LENGTHS_SHAPE, size=parts), tokens)
     own = float((new * new).sum()) / 2 / tokens  # mean context without any cached token
     mean_context = _log_uniform(rng, ranges.mean_context)
     context = np.zeros(parts, np.int64)
     if (cached := mean_context - own) > 0:
-        shares = rng.gamma(4.0, size=parts)
+        shares = rng.gamma(LENGTHS_SHAPE, size=parts)
         context = np.round(cached * shares * tokens / float((shares * new).sum())).astype(np.int64)
     return Prompts(tuple(new.tolist()), tuple(context.tolist()))
 
 
 def _decodes(rng: np.random.Generator, ranges: Ranges) -> Decodes:
     batch, kv_tokens = _log_uniform(rng, ranges.batch), _log_uniform(rng, ranges.kv_tokens)
-    return Decodes(tuple(dealt(rng.gamma(4.0, size=batch), max(kv_tokens, 2 * batch), least=2).tolist()))
+    return Decodes(tuple(dealt(rng.gamma(LENGTHS_SHAPE, size=batch), max(kv_tokens, 2 * batch), least=2).tolist()))
 
 
 def _log_uniform(rng: np.random.Generator, range_: tuple[int, int]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import factorial
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ from semipd.sweep import DecodeWork, PrefillWork, Spread
 DECODE_STEPS = 8  # of a decode run; the next one is of the same batch with the same cached tokens
 FIRST_DECODE_ID = 1 << 40  # request ids; those of prompts count from 0
 TICK_S = 0.001
-STEPS = 5  # wanted of each phase
+STEPS = 3  # wanted of each phase
 FEW_STEPS = 2  # are enough when they take so long that the time is up
 BLOCKS = 5
 COVERED = 0.8  # of a step's time the other phase has to be in flight
@@ -42,6 +43,18 @@ SETTLED = 40  # groups of small runs, none of which was faster than those before
 
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of which fill an interval evenly, wherever one stops
+
+
+LENGTHS_SHAPE = 4
+"""Of the gamma distribution that lengths have: a standard deviation of half their mean."""
+
+
+def lengths_at(quantiles: FloatArray) -> FloatArray:
+    """Quantiles of a gamma distribution of shape 4, by its distribution function, which is a sum for whole shapes."""
+    x = np.linspace(0.0, 40.0, 8001)
+    terms = [x**k / factorial(k) for k in range(LENGTHS_SHAPE)]
+    found: FloatArray = np.interp(quantiles, 1 - np.exp(-x) * np.sum(terms, axis=0), x)
+    return found
 
 
 def dealt(shares: FloatArray, total: int, least: int = 1) -> IntArray:
@@ -77,11 +90,11 @@ class Decodes:
 
     @staticmethod
     def of(work: DecodeWork) -> Decodes:
-        """Sequences as unequal as those that are served: evenly from a quarter to seven quarters of their mean.
+        """Sequences about as unequal as those that are served: quantiles of ``lengths_at``, in no order.
 
-        Short and long ones alternate. Decode attention deals equal ones to the SMs more evenly than it can these.
+        Decode attention deals equal ones to the SMs more evenly than it can these.
         """
-        shares: FloatArray = 0.25 + 1.5 * ((np.arange(work.batch, dtype=np.float64) + 0.5) * GOLDEN_RATIO % 1)
+        shares = lengths_at((np.arange(work.batch, dtype=np.float64) + 0.5) * GOLDEN_RATIO % 1)
         return Decodes(tuple(dealt(shares, max(work.kv_tokens, work.batch)).tolist()))
 
     @property
@@ -175,7 +188,7 @@ class Stopwatch:
         forget: Told the ids of requests that will not go on.
         settle_s: Load before the steps that count, of one phase on a part of the SMs.
         limited_settle_s: The same of what may reach the device's power limit, where clocks take longer to settle: both
-            phases, or one on at least half of the SMs. As ``settle_s`` if not given.
+            phases, or prefill on at least half of the SMs. As ``settle_s`` if not given.
         rest_share: After such a load the device rests for so many times as long as it was under it: one whose power is
             at the limit for a second clocks lower from then on, by no fixed amount.
         measure_s: Load with steps that count, at least.
@@ -211,7 +224,7 @@ class Stopwatch:
 
     def decode(self, batch: Decodes, at: Allocation) -> Spread:
         """A layer of a decode step, alone on its partition."""
-        times_s = self._alone(Phase.DECODE, self._decode(batch, at), at.decode_sms >= at.prefill_sms)
+        times_s = self._alone(Phase.DECODE, self._decode(batch, at), limited=False)
         return spread_of(times_s / self.layers * 1e3)
 
     def both(self, prefill: Prompts, decode: Decodes, at: Allocation) -> tuple[Spread, Spread]:

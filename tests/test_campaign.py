@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from closed_form_cost import ClosedFormCost
 
-from semipd.areas import AXES, Area, Cell, areas_of, fitting, snapped
+from semipd.areas import AXES, Area, Cell, areas_of, blocks_of, fitting, snapped
 from semipd.campaign import Measured, Subject, measure_profile
-from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig
+from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig, build
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
-from semipd.holdout import errors, held_out
+from semipd.holdout import errors, held_out, trials
 from semipd.model_config import ModelConfig
 from semipd.padding import Padded
 from semipd.profile import load_profile
@@ -25,7 +25,8 @@ from semipd.profiler import Progress
 from semipd.profiling import AGAIN, Drift, measured_places, relative_error
 from semipd.rectangle import SPINE, Rectangle
 from semipd.sim import SimExecutor
-from semipd.sweep import HoldoutPoint, PrefillPoint, PrefillWork, read_points
+from semipd.stopwatch import Decodes
+from semipd.sweep import DecodeWork, HoldoutPoint, PrefillPoint, PrefillWork, read_points
 from semipd.table_cost import TableCost
 from semipd.tables import Scales, Tables
 
@@ -316,6 +317,27 @@ def test_kv_tokens_without_room_are_left_out() -> None:
     assert fitting(CONFIG, num_blocks=10**6) == CONFIG
     with pytest.raises(InputError, match="kv_tokens: found 512 or more; expected some that fit into 30 KV blocks"):
         fitting(CONFIG, num_blocks=30)
+
+
+def test_where_phases_share_sms_they_are_measured_at_points_of_their_own() -> None:
+    decode = DecodeAxes(batch=(8, 24, 64), kv_tokens=(512, 4096, 65536))
+    config = CONFIG.model_copy(update={"overlapping_decode": decode})
+    assert CONFIG.both(Mode.CAPPED) == CONFIG.both(Mode.SPLIT) == (CONFIG.both_prefill, CONFIG.both_decode)
+    for area, rectangle in areas_of(config, 32).items():
+        if area.table in ("hybrid", "mixed"):
+            overlapping = area.at.mode in (Mode.CAPPED, Mode.PRIORITY)
+            assert rectangle.values[2:] == (decode if overlapping else config.both_decode).values
+    small = fitting(config, blocks_of(None, Decodes.of(DecodeWork(64, 20_000)), config.block_size))
+    assert (small.both_decode.kv_tokens, small.both(Mode.CAPPED)[1].kv_tokens) == ((512,), (512, 4096))
+    drawn = list(trials(config.model_copy(update={"holdout": 60}), areas_of(config, 32)))
+    assert max(len(t.decode.lengths) for t in drawn if t.decode) <= 64
+
+
+def test_points_where_phases_share_sms_are_the_others_where_only_these_are_given() -> None:
+    given = {"both_decode": {"batch": [4], "kv_tokens": [64]}, "both_prefill": {"tokens": [32], "mean_context": [64]}}
+    config = build(given, ProfileConfig, "test")
+    assert config.both(Mode.PRIORITY) == config.both(Mode.SPLIT) == (config.both_prefill, config.both_decode)
+    assert ProfileConfig().both(Mode.PRIORITY) != ProfileConfig().both(Mode.SPLIT)
 
 
 def test_areas_are_phases_alone_first_and_the_most_even_split_before_the_others() -> None:
