@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig
+from semipd.config import DecodeAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.padding import MOST_PREFILL_ROWS, prefill_sizes
 from semipd.rectangle import SPINE, Place, Rectangle
@@ -123,22 +123,28 @@ def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
     decode_sizes = {at.decode_sms: at for at in alone}
     found = {Area("prefill", at): config.prefill.values for at in alone}
     found |= {Area("decode", at): config.decode.values for at in decode_sizes.values()}
+    both = (*config.both_prefill.values, *config.both_decode.values)
     if "mixed" in config.modes:
         mixed = Allocation(Mode.MIXED, device_sms, device_sms, max(config.both_prefill.tokens))
-        found[Area("mixed", mixed)] = _values(*config.both(Mode.MIXED))
+        found[Area("mixed", mixed)] = both
     ways = [at for mode in config.modes for at in shared.get(mode, ())]
     for at in sorted(ways, key=lambda at: (at.mode is not Mode.SPLIT, abs(at.prefill_sms - device_sms / 2))):
-        found[Area("hybrid", at)] = _values(*config.both(at.mode))
+        found[Area("hybrid", at)] = both
     spines = {"prefill": config.prefill_spine, "decode": config.decode_spine}
-    return {area: _rectangle(area.table, values, spines.get(area.table, ())) for area, values in found.items()}
+    more = config.both_more.values
+    rectangles = {}
+    for area, values in found.items():
+        sparse = area.table in ("hybrid", "mixed")
+        rectangle = _rectangle(area.table, values, spines.get(area.table, ()), sparse)
+        for axis, value in ((i, x) for i, along in enumerate(more) for x in along if sparse):
+            if rectangle.values[axis][0] < value < rectangle.values[axis][-1]:
+                rectangle = rectangle.with_knot(axis, value)
+        rectangles[area] = rectangle
+    return rectangles
 
 
-def _values(prefill: PrefillAxes, decode: DecodeAxes) -> tuple[tuple[int, ...], ...]:
-    return *prefill.values, *decode.values
-
-
-def _rectangle(table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int, ...]) -> Rectangle:
-    found = Rectangle(AXES[table], tuple(tuple(sorted(set(v))) for v in values))
+def _rectangle(table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int, ...], sparse: bool) -> Rectangle:
+    found = Rectangle(AXES[table], tuple(tuple(sorted(set(v))) for v in values), sparse=sparse)
     for value in spine:
         if found.values[0][0] < value < found.values[0][-1]:
             found = found.with_knot(SPINE, value)
@@ -184,23 +190,15 @@ def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
             )
         return axes.model_copy(update={"kv_tokens": kept})
 
-    def works(axes: PrefillAxes) -> list[PrefillWork]:
-        return [PrefillWork.at(t, m) for t in axes.tokens for m in axes.mean_context]
-
-    kept = {"decode": room(config.decode, ()), "both_decode": room(config.both_decode, works(config.both_prefill))}
-    prefill, decode = config.both(Mode.CAPPED)
-    if config.overlapping_prefill or config.overlapping_decode:
-        kept["overlapping_decode"] = room(decode, works(prefill))
-    return config.model_copy(update=kept)
+    both = [PrefillWork.at(t, m) for t in config.both_prefill.tokens for m in config.both_prefill.mean_context]
+    return config.model_copy(update={"decode": room(config.decode, ()), "both_decode": room(config.both_decode, both)})
 
 
 def longest_sequence(config: ProfileConfig) -> int:
     """Tokens of the longest sequence that may be measured."""
-    both = [config.both(mode) for mode in (Mode.SPLIT, Mode.CAPPED)]
-    decodes = config.decode, *(decode for _, decode in both)
-    works = [DecodeWork(min(axes.batch), max(axes.kv_tokens)) for axes in decodes]
+    works = [DecodeWork(min(axes.batch), max(axes.kv_tokens)) for axes in (config.decode, config.both_decode)]
     most_kv = max(max(Decodes.of(work).lengths) for work in works)
-    contexts = max(max(axes.mean_context) for axes in (config.prefill, *(prefill for prefill, _ in both)))
+    contexts = max(max(axes.mean_context) for axes in (config.prefill, config.both_prefill))
     return most_kv + contexts + config.max_num_batched_tokens
 
 

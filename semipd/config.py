@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from semipd.core import InputError, Mode
+from semipd.core import InputError
 from semipd.padding import decode_sizes, prefill_sizes
 from semipd.shipped import shipped_files
 from semipd.slo import Slo
@@ -358,15 +358,29 @@ class DecodeAxes(Strict):
         return self.batch, self.kv_tokens
 
 
+class More(Strict):
+    """More values of the variables of both phases; none by default."""
+
+    tokens: tuple[Positive, ...] = ()
+    mean_context: tuple[Positive, ...] = ()
+    batch: tuple[Positive, ...] = ()
+    kv_tokens: tuple[Positive, ...] = ()
+
+    @property
+    def values(self) -> tuple[tuple[int, ...], ...]:
+        """In the order of the names."""
+        return self.tokens, self.mean_context, self.batch, self.kv_tokens
+
+
 class ProfileConfig(Strict):
     """What ``semipd profile`` measures of a model.
 
     ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
-    ``decode``: each phase alone; ``both_prefill``, ``both_decode``: both at once on SMs of their own, or fused;
-    ``overlapping_prefill``, ``overlapping_decode``: both at once where they share SMs (capped, priority), by default
-    the same. ``prefill_spine``, ``decode_spine``: more tokens and batches, measured at the least mean context and KV
-    tokens only; what is not between the ends of their rectangle is left out. From there on, values are added where the
-    cost model errs by more than ``tolerance``, as time allows; KV tokens that do not fit into memory are left out.
+    ``decode``: each phase alone. ``prefill_spine``, ``decode_spine``: more tokens and batches, measured at the least
+    mean context and KV tokens only. ``both_prefill``, ``both_decode``: both at once; ``both_more``: other values of any
+    of these, each with all of the others' (a sparse grid). Of a spine and of ``both_more``, what is not between the
+    ends is left out. From there on, values are added where the cost model errs by more than ``tolerance``, as time
+    allows; KV tokens that do not fit into memory are left out.
     ``backends``: attention kernels that prefill may use, of which the fastest is taken on each partition.
 
     ``warmup_s``: small runs before all else, at most for so long. ``settle_ms``: load before a measurement of decode,
@@ -385,10 +399,9 @@ class ProfileConfig(Strict):
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 8, 32, 40, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = (*decode_sizes(32), *range(48, 256, 16))
-    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 64, 192, 512, 4096), mean_context=(64, 16384))
-    both_decode: DecodeAxes = DecodeAxes(batch=(8, 16, 36, 256), kv_tokens=(512, 524288))
-    overlapping_prefill: PrefillAxes | None = PrefillAxes(tokens=(16, 128, 512, 4096), mean_context=(64, 16384))
-    overlapping_decode: DecodeAxes | None = DecodeAxes(batch=(8, 16, 36, 256), kv_tokens=(512, 131072, 524288))
+    both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 16384))
+    both_decode: DecodeAxes = DecodeAxes(batch=(8, 256), kv_tokens=(512, 524288))
+    both_more: More = More(tokens=(64, 128, 256), batch=(16, 36, 64), kv_tokens=(131072,))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03
     warmup_s: NotNegative = 5.0
@@ -407,33 +420,15 @@ class ProfileConfig(Strict):
     peak_tflops: PositiveFloat = 700.0
     peak_tbps: PositiveFloat = 4.2
 
-    @model_validator(mode="before")
-    @classmethod
-    def _overlapping_as_both(cls, data: Any) -> Any:
-        """Where only the latter are given, the defaults of the former were not meant to hold."""
-        if not isinstance(data, dict):
-            return data
-        return {f"overlapping_{phase}": None for phase in ("prefill", "decode") if f"both_{phase}" in data} | data
-
-    def both(self, mode: Mode) -> tuple[PrefillAxes, DecodeAxes]:
-        """What is measured of both phases at once in a mode."""
-        if mode in (Mode.CAPPED, Mode.PRIORITY):
-            return self.overlapping_prefill or self.both_prefill, self.overlapping_decode or self.both_decode
-        return self.both_prefill, self.both_decode
-
     @model_validator(mode="after")
     def _can_run(self) -> ProfileConfig:
-        prefills = {"prefill": self.prefill, "both_prefill": self.both_prefill}
-        prefills |= {"overlapping_prefill": self.overlapping_prefill} if self.overlapping_prefill else {}
-        decodes = {"decode": self.decode, "both_decode": self.both_decode}
-        decodes |= {"overlapping_decode": self.overlapping_decode} if self.overlapping_decode else {}
-        for name, prefill in prefills.items():
+        for name, prefill in (("prefill", self.prefill), ("both_prefill", self.both_prefill)):
             if max(prefill.tokens) > self.max_num_batched_tokens:
                 raise ValueError(
                     f"{name}.tokens: found {max(prefill.tokens)}; expected at most max_num_batched_tokens, "
                     f"{self.max_num_batched_tokens}"
                 )
-        for name, decode in decodes.items():
+        for name, decode in (("decode", self.decode), ("both_decode", self.both_decode)):
             if max(decode.batch) > self.max_num_seqs:
                 raise ValueError(
                     f"{name}.batch: found {max(decode.batch)}; expected at most max_num_seqs, {self.max_num_seqs}"

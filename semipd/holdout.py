@@ -118,10 +118,10 @@ def trials(config: ProfileConfig, areas: Iterable[Area]) -> Iterator[Trial]:
         places[area.table].append(area.at)
     kinds = [kind for kind in ("prefill", "decode", "hybrid", "hybrid", "hybrid", "mixed") if places[kind]]
     alone = Ranges.of(config.prefill, config.decode)
+    both = Ranges.of(config.both_prefill, config.both_decode)
     for i in range(config.holdout):
         kind = kinds[i % len(kinds)]
-        at = places[kind][rng.integers(len(places[kind]))]
-        ranges = alone if kind in ("prefill", "decode") else Ranges.of(*config.both(at.mode))
+        ranges, at = alone if kind in ("prefill", "decode") else both, places[kind][rng.integers(len(places[kind]))]
         prefill = _prompts(rng, ranges) if kind != "decode" else None
         yield Trial(at, prefill, _decodes(rng, ranges) if kind != "prefill" else None)
 

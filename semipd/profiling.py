@@ -260,9 +260,11 @@ def _columns(phase: str, spread: Spread) -> dict[str, Any]:
 
 def _widened(rectangle: Rectangle, places: set[Place]) -> Rectangle:
     """With the values that these places have; those of a spine are at the least of the other axes only."""
-    for axis in range(1, len(rectangle.names)):
+    for axis in range(0 if rectangle.sparse else 1, len(rectangle.names)):
         for value in {place[axis] for place in places}:
             rectangle = rectangle.with_knot(axis, value)
+    if rectangle.sparse:
+        return rectangle
     for place in places:
         on_spine = rectangle.spine and [place] == rectangle.knot(SPINE, place[0])
         rectangle = rectangle.with_knot(SPINE if on_spine else 0, place[0])

@@ -28,17 +28,25 @@ class Rectangle:
     """Every combination of the values of some variables: ``names[i]`` takes ``values[i]``, ascending.
 
     ``spine``: more values of the first variable, between the ends of its values; the others have their least there.
+    ``more``: other values of each variable, at which the others have all of ``values``; with any, it is a sparse grid
+    (``semipd.grid.sparse_values``). ``sparse``: whether a new value goes there, and not to ``values``.
     """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
     spine: tuple[int, ...] = ()
+    more: tuple[tuple[int, ...], ...] = ()
+    sparse: bool = False
 
     def places(self) -> list[Place]:
-        """All of them: the spine, then the combinations in row-major order."""
-        return [place for value in self.spine for place in self.knot(SPINE, value)] + list(
-            itertools.product(*self.values)
-        )
+        """All of them: the spine, then the combinations in row-major order, then those with one value of ``more``."""
+        found = [place for value in self.spine for place in self.knot(SPINE, value)]
+        found += itertools.product(*self.values)
+        return found + [place for i, more in enumerate(self.more) for value in more for place in self.knot(i, value)]
+
+    def along(self, axis: int) -> tuple[int, ...]:
+        """All values of a variable, ascending."""
+        return tuple(sorted((*self.values[axis], *(self.more[axis] if self.more else ()))))
 
     def knot(self, axis: int, value: int) -> list[Place]:
         """The places that another value on an axis adds."""
@@ -52,6 +60,10 @@ class Rectangle:
         """With these places."""
         if axis == SPINE:
             return self if value in self.values[0] else replace(self, spine=tuple(sorted({*self.spine, value})))
+        if self.sparse:
+            found = tuple(self.more[i] if self.more else () for i in range(len(self.values)))
+            added = found[axis] if value in self.values[axis] else tuple(sorted({*found[axis], value}))
+            return replace(self, more=(*found[:axis], added, *found[axis + 1 :]))
         more = tuple(sorted({*self.values[axis], value}))
         values = (*self.values[:axis], more, *self.values[axis + 1 :])
         return replace(self, values=values, spine=tuple(x for x in self.spine if x not in values[0]))
@@ -64,7 +76,7 @@ class Rectangle:
         """
         middle = tuple(axis[len(axis) // 2] for axis in self.values)
         least = tuple(axis[0] for axis in self.values)
-        along = [(axis, values, middle) for axis, values in enumerate(self.values)]
+        along = [(axis, self.along(axis), middle) for axis in range(len(self.values))]
         if self.spine:
             along.append((SPINE, tuple(sorted((*self.spine, *self.values[0]))), least))
         known = set(self.places())

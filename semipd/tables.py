@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from semipd._steps import Axis, Grid
 from semipd.core import Allocation, FloatArray, InputError, Mode
-from semipd.grid import axis, axis_values
+from semipd.grid import axis, axis_values, completed, sparse_values
 from semipd.padding import NOT_PADDED, Padded
 from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
 
@@ -298,29 +297,32 @@ def _contention(
     and attention. Where several prefill backends were measured, the row of the fastest counts for both phases.
     """
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
-    values = axis_values(best, SHARED, where)
+    grid = sparse_values(best, SHARED, where)
+    values = [list(of.values) for of in grid]
     offsets = {"mean_context": scales.mean_context, "kv_tokens": scales.kv_tokens}
     axes = [axis(name, v, log=True, offset=offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]
     if values[0][-1] >= FILLS_TOKENS:
         axes[0] = axis("tokens", values[0], log=True, high=prefill[0][-1])
-    tokens, contexts, batches, kv = values
+    tokens, _, batches, kv = values
     alone = _without_stairs(prefill, stairs_to, tokens)
     knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
+    at, among = (np.log2(np.asarray(x, dtype=np.float64) + scales.kv_tokens) for x in (knots, kv))
 
-    prefill_speed = [
-        alone.number(t, m)[0] / (best[t, m, b, k].prefill_median_ms / 1e3)
-        for t, m, b, k in itertools.product(tokens, contexts, batches, kv)
-    ]
-    decode_speed = []
-    for t, m, b in itertools.product(tokens, contexts, batches):
-        measured = np.array([best[t, m, b, k].decode_median_ms / 1e3 for k in kv])
-        speed = np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]) / measured
-        at, among = (np.log2(np.asarray(x, dtype=np.float64) + scales.kv_tokens) for x in (knots, kv))
-        decode_speed.append(np.interp(at, among, speed))
+    decode_alone = {b: np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]) for b in batches}
+    speeds = np.full((2, *map(len, values)), np.nan)
+    for place, point in best.items():
+        t, m, b, _ = place
+        index = tuple(x.index(value) for x, value in zip(values, place, strict=True))
+        speeds[0][index] = alone.number(t, m)[0] / (point.prefill_median_ms / 1e3)
+        speeds[1][index] = decode_alone[b][index[3]] / (point.decode_median_ms / 1e3)
+    straight = [np.log2(np.array(v) + offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]
+    missing = np.isnan(speeds[0])
+    for phase in (0, 1) if missing.any() else ():
+        speeds[phase, missing] = np.exp(completed(np.log(speeds[phase]), grid, straight)[missing])
     return Contention(
-        prefill=Grid(axes, np.array(prefill_speed)),
+        prefill=Grid(axes, speeds[0].reshape(-1)),
         prefill_alone=alone,
-        decode=Grid(axes[:3], np.array(decode_speed)),
+        decode=Grid(axes[:3], np.array([np.interp(at, among, of) for of in speeds[1].reshape(-1, len(kv))])),
         solo=Grid(decode.at_batch.axes, np.array([np.interp(knots, decode.kv_tokens, row) for row in decode.rows])),
         kv_tokens=knots,
         low=max(decode.kv.low, axes[3].low),
@@ -333,6 +335,11 @@ def _fused(points: Iterable[MixedPoint], rows: Grid, where: str) -> Grid:
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.median_ms)
     if not best:
         raise InputError(f"{where}: no measured point; expected some to choose fused batches")
-    values = axis_values(best, SHARED, where)
-    seconds = [best[t, m, b, k].median_ms / 1e3 - rows.number(t + b)[0] for t, m, b, k in itertools.product(*values)]
-    return Grid([axis(name, v) for name, v in zip(SHARED, values, strict=True)], np.array(seconds))
+    grid = sparse_values(best, SHARED, where)
+    values = [list(of.values) for of in grid]
+    seconds = np.full([*map(len, values)], np.nan)
+    for place, point in best.items():
+        at = tuple(x.index(value) for x, value in zip(values, place, strict=True))
+        seconds[at] = point.median_ms / 1e3 - rows.number(place[0] + place[2])[0]
+    seconds = completed(seconds, grid, [np.array(v, dtype=np.float64) for v in values])
+    return Grid([axis(name, v) for name, v in zip(SHARED, values, strict=True)], seconds.reshape(-1))

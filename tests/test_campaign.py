@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 from closed_form_cost import ClosedFormCost
 
-from semipd.areas import AXES, Area, Cell, areas_of, blocks_of, fitting, snapped
+from semipd.areas import AXES, Area, Cell, areas_of, fitting, snapped
 from semipd.campaign import Measured, Subject, measure_profile
-from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig, build
+from semipd.config import DecodeAxes, More, PrefillAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
-from semipd.holdout import errors, held_out, trials
+from semipd.holdout import errors, held_out
 from semipd.model_config import ModelConfig
 from semipd.padding import Padded
 from semipd.profile import load_profile
@@ -25,8 +26,7 @@ from semipd.profiler import Progress
 from semipd.profiling import AGAIN, Drift, measured_places, relative_error
 from semipd.rectangle import SPINE, Rectangle
 from semipd.sim import SimExecutor
-from semipd.stopwatch import Decodes
-from semipd.sweep import DecodeWork, HoldoutPoint, PrefillPoint, PrefillWork, read_points
+from semipd.sweep import HoldoutPoint, PrefillPoint, PrefillWork, read_points
 from semipd.table_cost import TableCost
 from semipd.tables import Scales, Tables
 
@@ -46,6 +46,7 @@ CONFIG = ProfileConfig(
     decode_spine=(8, 64),
     both_prefill=PrefillAxes(tokens=(16, 4096), mean_context=(64, 4096)),
     both_decode=DecodeAxes(batch=(8, 64), kv_tokens=(512, 65536)),
+    both_more=More(),
     max_num_seqs=64,
     settle_ms=1,
     limited_settle_ms=1,
@@ -319,25 +320,31 @@ def test_kv_tokens_without_room_are_left_out() -> None:
         fitting(CONFIG, num_blocks=30)
 
 
-def test_where_phases_share_sms_they_are_measured_at_points_of_their_own() -> None:
-    decode = DecodeAxes(batch=(8, 24, 64), kv_tokens=(512, 4096, 65536))
-    config = CONFIG.model_copy(update={"overlapping_decode": decode})
-    assert CONFIG.both(Mode.CAPPED) == CONFIG.both(Mode.SPLIT) == (CONFIG.both_prefill, CONFIG.both_decode)
-    for area, rectangle in areas_of(config, 32).items():
-        if area.table in ("hybrid", "mixed"):
-            overlapping = area.at.mode in (Mode.CAPPED, Mode.PRIORITY)
-            assert rectangle.values[2:] == (decode if overlapping else config.both_decode).values
-    small = fitting(config, blocks_of(None, Decodes.of(DecodeWork(64, 20_000)), config.block_size))
-    assert (small.both_decode.kv_tokens, small.both(Mode.CAPPED)[1].kv_tokens) == ((512,), (512, 4096))
-    drawn = list(trials(config.model_copy(update={"holdout": 60}), areas_of(config, 32)))
-    assert max(len(t.decode.lengths) for t in drawn if t.decode) <= 64
+def test_more_values_of_both_phases_are_measured_one_at_a_time_with_all_of_the_others() -> None:
+    more = More(tokens=(128, 4096, 9999), batch=(16,))  # of which two are not between the ends
+    areas = areas_of(CONFIG.model_copy(update={"both_more": more}), 32)
+    for area, plain in areas_of(CONFIG, 32).items():
+        added = set(areas[area].places()) - set(plain.places())
+        tokens, contexts, batches, kv = plain.values if len(plain.values) == 4 else ((), (), (), ())
+        expected = {*itertools.product((128,), contexts, batches, kv), *itertools.product(tokens, contexts, (16,), kv)}
+        assert added == (expected if area.table in ("hybrid", "mixed") else set())
 
 
-def test_points_where_phases_share_sms_are_the_others_where_only_these_are_given() -> None:
-    given = {"both_decode": {"batch": [4], "kv_tokens": [64]}, "both_prefill": {"tokens": [32], "mean_context": [64]}}
-    config = build(given, ProfileConfig, "test")
-    assert config.both(Mode.PRIORITY) == config.both(Mode.SPLIT) == (config.both_prefill, config.both_decode)
-    assert ProfileConfig().both(Mode.PRIORITY) != ProfileConfig().both(Mode.SPLIT)
+def test_with_more_values_of_both_phases_the_tables_say_what_was_measured_there(tmp_path: Path) -> None:
+    out = tmp_path / "h200" / "more"
+    more = {"both_more": More(tokens=(256,), batch=(24,), kv_tokens=(4096,))}
+    assert measure(out, **more).complete
+    cost, places = load_profile(out).cost(), set()
+    for p in load_profile(out).hybrid.points:
+        places.add((p.tokens, p.mean_context, p.batch, p.kv_tokens))
+        at = Allocation(Mode(p.mode), p.prefill_sms, p.decode_sms)
+        batch, decode = PrefillShape(p.tokens, float(p.tokens * p.mean_context)), DecodeShape(p.batch, p.kv_tokens)
+        assert cost.prefill_s(batch, at, decode)[0] * 1e3 == pytest.approx(p.prefill_median_ms, rel=1e-9)
+        step_ms = float(cost.decode_s(decode, at, batch)[0][0]) / cost.layers * 1e3
+        assert step_ms == pytest.approx(p.decode_median_ms, rel=1e-9)
+    assert len(places) == 16 + 3 * 8
+    again = measure(out, resume=True, **more)
+    assert len(again.tables["hybrid"].points) == 5 * len(places)
 
 
 def test_areas_are_phases_alone_first_and_the_most_even_split_before_the_others() -> None:

@@ -115,10 +115,10 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], Mode, str, str]] = {
         "hybrid.csv: no row of mode capped; expected some to choose it",
     ),
     "a capped point": (
-        lambda f: drop_rows(f, "hybrid.csv", "capped,16,32,1024,512,"),
+        lambda f: drop_rows(f, "hybrid.csv", "capped,16,32,8192,32768,"),
         Mode.CAPPED,
         "capped-8",
-        r"hybrid.csv: capped-16: no point at tokens 1024, mean_context 512, .* \(and 8 more\); expected every .*",
+        r"hybrid.csv: capped-16: no point at tokens 8192, mean_context 32768, .* \(and 8 more\); expected every .*",
     ),
     "half a device for decode": (
         lambda f: edit(f, "hybrid.csv", "capped,8,32,", "capped,8,16,"),
@@ -145,10 +145,10 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], Mode, str, str]] = {
         "mixed.csv: no measured point; expected some to choose fused batches",
     ),
     "a fused point": (
-        lambda f: drop_rows(f, "mixed.csv", "256,512,"),
+        lambda f: drop_rows(f, "mixed.csv", "2048,32768,"),
         Mode.MIXED,
         "chunked-512",
-        r"mixed.csv: no point at tokens 256, mean_context 512, .* \(and 8 more\); expected every .*",
+        r"mixed.csv: no point at tokens 2048, mean_context 32768, .* \(and 8 more\); expected every .*",
     ),
 }
 
