@@ -19,6 +19,9 @@ from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sha
 TYPICAL = Place(tokens=2048, mean_context=1024, batch=64, kv_tokens=64 * 2048)
 """A prompt of 2,048 tokens beside 64 sequences of as many; the measured load nearest to it is the default."""
 
+NEAR_OCTAVES = 4
+"""Within which it is; where nothing so near was measured, it is the default itself."""
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -205,6 +208,8 @@ def survey(
 ) -> Survey:
     """Look a profile up at one load; what is not given is that of the measured load nearest to ``TYPICAL``.
 
+    Where none is near, of ``TYPICAL`` itself, if it is inside what was measured.
+
     Args:
         profile: Where from.
         tokens: New prompt tokens of the prefill batch.
@@ -219,7 +224,7 @@ def survey(
     """
     prices = Prices(profile)
     measured = sorted({place_of(p) for p in profile.hybrid.points if p.mode == "split"})
-    default = nearest_to(TYPICAL, measured)
+    default = _default(measured)
     given = {"tokens": tokens, "mean_context": mean_context, "batch": batch, "kv_tokens": kv_tokens}
     place = replace(default, **{name: value for name, value in given.items() if value is not None})
     _check(place, tpot_s)
@@ -253,6 +258,15 @@ def survey(
 def nearest_to(place: Place, measured: Sequence[Place]) -> Place:
     """The measured place at the smallest distance (``octaves_from``); the smallest of equals."""
     return min(measured, key=lambda other: (place.octaves_from(other), other))
+
+
+def _default(measured: Sequence[Place]) -> Place:
+    nearest = nearest_to(TYPICAL, measured)
+    if TYPICAL.octaves_from(nearest) <= NEAR_OCTAVES:
+        return nearest
+    along = [[getattr(place, name) for place in measured] for name in asdict(TYPICAL)]
+    inside = all(min(of) <= value <= max(of) for of, value in zip(along, asdict(TYPICAL).values(), strict=True))
+    return TYPICAL if inside else nearest
 
 
 def _check(place: Place, tpot_s: float | None) -> None:

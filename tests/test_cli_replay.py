@@ -202,7 +202,7 @@ def test_ctrl_c_ends_a_replay_that_waits_for_a_request(tmp_path: Path) -> None:
     words = ["replay", str(configs / "replay-cpu-tiny.yaml"), "--executor", "cpu", "--out", str(out)]
     words += ["--set", f"model={configs / 'models' / 'tiny.yaml'}", "--set", "trace.rate_scale=0.0001"]
     started_s = time.monotonic()
-    code, said = interrupted(words, out / "runs.parquet", wait_s=8)
+    code, said = interrupted(words, out / "runs.parquet", wait_s=12)
     assert code == 130, said
     assert time.monotonic() - started_s < 60  # the next request comes in hours
     assert said.splitlines()[-1] == "interrupted: 1 of 10 requests are complete"

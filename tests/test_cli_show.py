@@ -133,7 +133,7 @@ def test_with_fused_chunks_every_row_of_the_frontier_is_one_line(
     assert max(map(len, lines)) <= width
     rows = lines[lines.index("The frontier: decode step against prefill throughput") + 4 :]
     rows = rows[: next(i for i, row in enumerate(rows) if row.startswith("In turn"))]
-    names = [f"{n}/{132 - n}" for n in range(16, 128, 16)] + ["capped-32", "capped-64", "capped-96", "priority"]
+    names = [f"{n}/{132 - n}" for n in range(16, 128, 16)] + ["capped-64", "capped-96", "priority"]
     names += ["chunked-256", "chunked-512", "chunked-1024", "chunked-2048"]
     assert [row.split()[0] for row in rows] == names
 
