@@ -396,7 +396,7 @@ class ProfileConfig(Strict):
     prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 1024, 4096, 8192), mean_context=(64, 1024, 16384, 32768))
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 8, 32, 40, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
-    decode_spine: tuple[Positive, ...] = (*decode_sizes(32), *range(48, 256, 16))
+    decode_spine: tuple[Positive, ...] = (*decode_sizes(32), *range(48, 128, 16), *range(128, 256, 32))
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 256), kv_tokens=(512, 524288))
     both_more: More = More(tokens=(96, 256), batch=(16, 36, 96), kv_tokens=(131072,))
@@ -405,7 +405,7 @@ class ProfileConfig(Strict):
     warmup_s: NotNegative = 5.0
     settle_ms: NotNegative = 20.0
     limited_settle_ms: NotNegative = 70.0
-    rest_share: NotNegative = 0.3
+    rest_share: NotNegative = 0.25
     measure_ms: PositiveFloat = 50.0
     limit_ms: PositiveFloat = 200.0
     holdout: Annotated[int, Field(ge=0)] = 0
