@@ -190,8 +190,18 @@ def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
             )
         return axes.model_copy(update={"kv_tokens": kept})
 
-    both = [PrefillWork.at(t, m) for t in config.both_prefill.tokens for m in config.both_prefill.mean_context]
-    return config.model_copy(update={"decode": room(config.decode, ()), "both_decode": room(config.both_decode, both)})
+    more, basic = config.both_more, config.both_decode
+    tokens, contexts = (
+        (*config.both_prefill.tokens, *more.tokens),
+        (*config.both_prefill.mean_context, *more.mean_context),
+    )
+    works = [PrefillWork.at(t, m) for t in tokens for m in contexts]
+    every = room(basic.model_copy(update={"kv_tokens": (*basic.kv_tokens, *more.kv_tokens)}), works).kv_tokens
+    # The most KV tokens for which there is room are basic: what is beyond the ends of these is left out.
+    ends = tuple(sorted({*(kv for kv in basic.kv_tokens if kv in every), max(every)}))
+    return config.model_copy(
+        update={"decode": room(config.decode, ()), "both_decode": basic.model_copy(update={"kv_tokens": ends})}
+    )
 
 
 def longest_sequence(config: ProfileConfig) -> int:

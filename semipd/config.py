@@ -378,9 +378,9 @@ class ProfileConfig(Strict):
     ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
     ``decode``: each phase alone. ``prefill_spine``, ``decode_spine``: more tokens and batches, measured at the least
     mean context and KV tokens only. ``both_prefill``, ``both_decode``: both at once; ``both_more``: other values of any
-    of these, each with all of the others' (a sparse grid). Of a spine and of ``both_more``, what is not between the
-    ends is left out. From there on, values are added where the cost model errs by more than ``tolerance``, as time
-    allows; KV tokens that do not fit into memory are left out.
+    of these, each with all of the others' (a sparse grid); none where other basic values than the defaults are given.
+    Of a spine and of ``both_more``, what is not between the ends is left out. From there on, values are added where the
+    cost model errs by more than ``tolerance``, as time allows; KV tokens that do not fit into memory are left out.
     ``backends``: attention kernels that prefill may use, of which the fastest is taken on each partition.
 
     ``warmup_s``: small runs before all else, at most for so long. ``settle_ms``: load before a measurement of decode,
@@ -417,6 +417,13 @@ class ProfileConfig(Strict):
     num_blocks: Positive | None = None
     peak_tflops: PositiveFloat = 700.0
     peak_tbps: PositiveFloat = 4.2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _more_of_what(cls, data: Any) -> Any:
+        """The default of ``both_more`` goes with those of the basic values."""
+        own = isinstance(data, dict) and ("both_prefill" in data or "both_decode" in data)
+        return {"both_more": {}} | data if own else data
 
     @model_validator(mode="after")
     def _can_run(self) -> ProfileConfig:

@@ -55,34 +55,81 @@ class Knots:
 
 
 def sparse_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where: str) -> list[Knots]:
-    """The variables of a sparse grid. Basic are the ends, and the values at which most was measured.
+    """The variables of a sparse grid, of which more may have been measured.
 
-    In a full rectangle that is all of them.
+    Basic are the ends, since beyond them nothing is known, and as many other values as make it one; those with the
+    fewest points come last. Of a combination of values that are not basic, all must have been measured, with the
+    basic values of the other variables, or nothing: what else is missing was lost.
 
-    Raises InputError unless values are positive and what is measured at all of them is a sparse grid, at least.
+    Raises InputError unless values are positive and what is measured at them is such a grid.
     """
     found = set(places)
-    knots, basics = [], []
-    for i, name in enumerate(names):
-        values, counts = np.unique([place[i] for place in found], return_counts=True)
-        if values[0] < 1:
-            raise InputError(f"{where}: {name}: found {values[0]}; expected one or more")
-        basic = counts == counts.max()
-        basic[[0, -1]] = True  # beyond them nothing is known
-        knots.append(Knots(tuple(values.tolist()), basic))
-        basics.append(values[basic].tolist())
-    missing = [place for place in itertools.product(*basics) if place not in found]
-    for i, of in enumerate(knots):
-        for value in np.array(of.values)[~of.basic].tolist():
-            others = itertools.product(*basics[:i], [value], *basics[i + 1 :])
-            missing += [place for place in others if place not in found]
-    if missing:
-        first = ", ".join(f"{name} {x}" for name, x in zip(names, missing[0], strict=True))
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    for name, of in zip(names, zip(*found, strict=True), strict=True):
+        if min(of) < 1:
+            raise InputError(f"{where}: {name}: found {min(of)}; expected one or more")
+    knots, lost = _sparse(found)
+    if lost:
+        first = ", ".join(f"{name} {x}" for name, x in zip(names, lost[0], strict=True))
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise InputError(
             f"{where}: no point at {first}{more}; expected every combination of {' and '.join(names)}, or a sparse grid"
         )
     return knots
+
+
+def lacking(places: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """What has to be measured besides, for these places to be a sparse grid; nothing if they are, or are none."""
+    found = set(places)
+    added: set[tuple[int, ...]] = set()
+    while found and (lost := _sparse(found | added)[1]):
+        added |= set(lost)
+    return added
+
+
+def _sparse(found: set[tuple[int, ...]]) -> tuple[list[Knots], list[tuple[int, ...]]]:
+    """The variables of these places as those of a sparse grid, and what it lacks: as little as possible."""
+    values = [sorted(set(of)) for of in zip(*found, strict=True)]
+    index = [{value: i for i, value in enumerate(of)} for of in values]
+    known = np.zeros([len(of) for of in values], dtype=bool)
+    for place in found:
+        known[tuple(at[value] for at, value in zip(index, place, strict=True))] = True
+    counts = [known.sum(axis=tuple(j for j in range(known.ndim) if j != i)) for i in range(known.ndim)]
+    shares = [of / of.max() for of in counts]
+    best: tuple[list[Knots], list[tuple[int, ...]]] | None = None
+    for least in (0.0, *sorted({float(share) for of in shares for share in of[1:-1]})):
+        basic = [of > least for of in shares]
+        for of in basic:
+            of[[0, -1]] = True
+        knots = [Knots(tuple(of), each) for of, each in zip(values, basic, strict=True)]
+        holes = _holes(known, knots)
+        if best is None or len(holes) < len(best[1]):
+            lost = [tuple(of[i] for of, i in zip(values, hole, strict=True)) for hole in holes]
+            best = knots, lost
+        if not holes:
+            break
+    if best is None:
+        raise ValueError("no place is given")
+    return best
+
+
+def _holes(known: npt.NDArray[np.bool_], knots: Sequence[Knots]) -> list[tuple[int, ...]]:
+    """Indices at which a sparse grid of these variables lacks a point."""
+    found: list[tuple[int, ...]] = []
+    whole: dict[tuple[int, ...], npt.NDArray[np.bool_]] = {}
+    for count in range(len(knots) + 1):
+        for off in itertools.combinations(range(len(knots)), count):
+            along = [np.flatnonzero(~of.basic if i in off else of.basic) for i, of in enumerate(knots)]
+            block = known[np.ix_(*along)]
+            others = tuple(i for i in range(len(knots)) if i not in off)
+            complete, some = np.asarray(block.all(axis=others)), np.asarray(block.any(axis=others))
+            wanted = np.ones_like(some) if count < 2 else some
+            if count > 2:  # what all parts of it were measured for
+                parts = [np.expand_dims(whole[tuple(j for j in off if j != i)], off.index(i)) for i in off]
+                wanted = some | np.logical_and.reduce(np.broadcast_arrays(*parts))
+            whole[off] = complete
+            lost = np.argwhere(~block & np.expand_dims(wanted, others))
+            found += [tuple(int(of[i]) for of, i in zip(along, at, strict=True)) for at in lost]
+    return found
 
 
 def completed(values: FloatArray, knots: Sequence[Knots], along: Sequence[FloatArray]) -> FloatArray:

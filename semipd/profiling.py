@@ -1,7 +1,7 @@
 """What a model's profile is measured at, and in which order: first coarse rectangles, then where they err most.
 
 An area (``semipd.areas``), or a value that an axis gets, is saved when all of it is measured: whenever measuring stops,
-the tables hold full rectangles only.
+the tables hold full rectangles and sparse grids only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from semipd.areas import AXES, Area, Cell, snapped
 from semipd.config import ProfileConfig
 from semipd.core import InputError, Mode, Phase
 from semipd.cost import CostModel
+from semipd.grid import lacking
 from semipd.overheads import Overheads
 from semipd.profiler import Progress
 from semipd.rectangle import SPINE, Place, Probe, Rectangle
@@ -132,7 +133,10 @@ class Profiling:
         found = {}
         for area, rectangle in self.areas.items():
             have = self._places.get(area.key, set())
-            if cells := [Cell.at(area, place) for place in rectangle.places() if place not in have]:
+            places = rectangle.places()
+            if rectangle.sparse:  # with what an earlier configuration left there, more may be needed
+                places += sorted(lacking(have.union(places)))
+            if cells := [Cell.at(area, place) for place in places if place not in have]:
                 found[area] = cells
         return found
 

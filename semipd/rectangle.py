@@ -29,7 +29,7 @@ class Rectangle:
 
     ``spine``: more values of the first variable, between the ends of its values; the others have their least there.
     ``more``: other values of each variable, at which the others have all of ``values``; with any, it is a sparse grid
-    (``semipd.grid.sparse_values``). ``sparse``: whether a new value goes there, and not to ``values``.
+    (``semipd.grid.sparse_values``). ``sparse``: whether a new value goes there if it is between the ends of ``values``.
     """
 
     names: tuple[str, ...]
@@ -60,12 +60,12 @@ class Rectangle:
         """With these places."""
         if axis == SPINE:
             return self if value in self.values[0] else replace(self, spine=tuple(sorted({*self.spine, value})))
-        if self.sparse:
+        if self.sparse and self.values[axis][0] < value < self.values[axis][-1]:
             found = tuple(self.more[i] if self.more else () for i in range(len(self.values)))
             added = found[axis] if value in self.values[axis] else tuple(sorted({*found[axis], value}))
             return replace(self, more=(*found[:axis], added, *found[axis + 1 :]))
-        more = tuple(sorted({*self.values[axis], value}))
-        values = (*self.values[:axis], more, *self.values[axis + 1 :])
+        added = tuple(sorted({*self.values[axis], value}))
+        values = (*self.values[:axis], added, *self.values[axis + 1 :])
         return replace(self, values=values, spine=tuple(x for x in self.spine if x not in values[0]))
 
     def probes(self, snap: Callable[[str, float], int]) -> list[Probe]:

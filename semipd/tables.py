@@ -279,7 +279,12 @@ def _without_stairs(surface: Surface, stairs_to: int | None, tokens: Sequence[in
     filled: beside the other phase, with the power that this saves, the device clocks higher.
     """
     along, contexts, rows = surface
-    kept = [i for i, x in enumerate(along) if stairs_to is None or x <= stairs_to or x in tokens or x > tokens[-1]]
+    ends = (along[0], along[-1])
+    kept = [
+        i
+        for i, x in enumerate(along)
+        if stairs_to is None or x <= stairs_to or x in tokens or x > tokens[-1] or x in ends
+    ]
     return Grid([axis("tokens", [along[i] for i in kept]), axis("mean_context", contexts)], rows[kept])
 
 
@@ -309,11 +314,13 @@ def _contention(
     at, among = (np.log2(np.asarray(x, dtype=np.float64) + scales.kv_tokens) for x in (knots, kv))
 
     decode_alone = {b: np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]) for b in batches}
+    prefill_alone = {(t, m): alone.number(t, m)[0] for t, m in {place[:2] for place in best}}
+    indices = [{value: i for i, value in enumerate(of)} for of in values]
     speeds = np.full((2, *map(len, values)), np.nan)
     for place, point in best.items():
         t, m, b, _ = place
-        index = tuple(x.index(value) for x, value in zip(values, place, strict=True))
-        speeds[0][index] = alone.number(t, m)[0] / (point.prefill_median_ms / 1e3)
+        index = tuple(at[value] for at, value in zip(indices, place, strict=True))
+        speeds[0][index] = prefill_alone[t, m] / (point.prefill_median_ms / 1e3)
         speeds[1][index] = decode_alone[b][index[3]] / (point.decode_median_ms / 1e3)
     straight = [np.log2(np.array(v) + offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]
     missing = np.isnan(speeds[0])

@@ -13,20 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 from closed_form_cost import ClosedFormCost
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from semipd.areas import AXES, Area, Cell, areas_of, fitting, snapped
+from semipd.areas import AXES, HOST_S, Area, Cell, areas_of, blocks_of, expected_s, fitting, snapped
 from semipd.campaign import Measured, Subject, measure_profile
-from semipd.config import DecodeAxes, More, PrefillAxes, ProfileConfig
+from semipd.config import DecodeAxes, More, PrefillAxes, ProfileConfig, build
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
+from semipd.grid import lacking, sparse_values
 from semipd.holdout import errors, held_out
 from semipd.model_config import ModelConfig
 from semipd.padding import Padded
 from semipd.profile import load_profile
 from semipd.profiler import Progress
-from semipd.profiling import AGAIN, Drift, measured_places, relative_error
+from semipd.profiling import AGAIN, Drift, _widened, measured_places, relative_error
 from semipd.rectangle import SPINE, Rectangle
+from semipd.roofline import RooflineCost
 from semipd.sim import SimExecutor
-from semipd.sweep import HoldoutPoint, PrefillPoint, PrefillWork, read_points
+from semipd.stopwatch import Decodes
+from semipd.sweep import DecodeWork, HoldoutPoint, PrefillPoint, PrefillWork, read_points
 from semipd.table_cost import TableCost
 from semipd.tables import Scales, Tables
 
@@ -167,9 +172,7 @@ def after(points: int, kind: type[BaseException]) -> Any:
 
 
 @pytest.mark.parametrize("points", [5, 40, 84, 148])
-def test_whenever_it_stops_the_tables_hold_full_rectangles_and_resuming_measures_the_rest(
-    points: int, tmp_path: Path
-) -> None:
+def test_whenever_it_stops_the_tables_are_whole_and_resuming_measures_the_rest(points: int, tmp_path: Path) -> None:
     out = tmp_path / "p"
     first = measure_profile(subject(), CONFIG, out, ABOUT, watched=after(points, KeyboardInterrupt))
     assert first.interrupted
@@ -345,6 +348,94 @@ def test_with_more_values_of_both_phases_the_tables_say_what_was_measured_there(
     assert len(places) == 16 + 3 * 8
     again = measure(out, resume=True, **more)
     assert len(again.tables["hybrid"].points) == 5 * len(places)
+
+
+AXIS_VALUES = ([16, 96, 256, 640, 4096], [64, 1024, 16384], [8, 16, 36, 96, 256], [512, 16384, 131072, 524288])
+
+
+@st.composite
+def rectangles(draw: st.DrawFn) -> Rectangle:
+    values = tuple(tuple(sorted(draw(st.sets(st.sampled_from(v), min_size=2, max_size=3)))) for v in AXIS_VALUES)
+    found = Rectangle(AXES["hybrid"], values, sparse=draw(st.booleans()))
+    for axis, of in enumerate(AXIS_VALUES) if found.sparse else ():
+        for value in draw(st.sets(st.sampled_from(of), max_size=2)):
+            if values[axis][0] < value < values[axis][-1]:
+                found = found.with_knot(axis, value)
+    return found
+
+
+@settings(deadline=None)
+@given(rectangles(), rectangles(), st.data())
+def test_whatever_was_measured_before_resuming_makes_a_sparse_grid_and_refining_keeps_it_one(
+    before: Rectangle, now: Rectangle, data: st.DataObject
+) -> None:
+    places = set(before.places()) | lacking(before.places())
+    rectangle = _widened(replace(now, sparse=True), places)
+    places |= set(rectangle.places())
+    places |= lacking(places)
+    sparse_values(places, AXES["hybrid"], "resumed")
+    for _ in range(data.draw(st.integers(0, 3))):
+        if probes := rectangle.probes(snapped):
+            probe = data.draw(st.sampled_from(probes))
+            assert probe.place not in rectangle.places()
+            places |= set(rectangle.knot(probe.axis, probe.value))
+            rectangle = rectangle.with_knot(probe.axis, probe.value)
+            assert probe.value in rectangle.along(probe.axis)
+    sparse_values(places, AXES["hybrid"], "refined")
+
+
+def test_a_profile_that_goes_on_with_another_configuration_can_be_used(tmp_path: Path) -> None:
+    out = tmp_path / "h200" / "p"
+    assert measure(out, both_more=More(tokens=(256,), kv_tokens=(4096,))).complete
+    shorter = PrefillAxes(tokens=(16, 2048), mean_context=(64, 4096))
+    assert measure(out, resume=True, both_prefill=shorter, both_more=More(batch=(24,))).complete
+    points = load_profile(out).hybrid.points
+    assert {p.tokens for p in points} == {16, 256, 2048, 4096}
+    assert {p.batch for p in points} == {8, 24, 64}
+    assert len(load_profile(out).cost().allocations) == 3 + 1 + 1 + 1
+
+
+def test_what_rests_are_for_is_told_to_the_stopwatch_and_expected(tmp_path: Path) -> None:
+    took_s = {}
+    for share in (0.0, 1.0):
+        truth = SimExecutor(TRUTH)
+        config = CONFIG.model_copy(update={"rest_share": share, "both_more": More(tokens=(64,))})
+        measure_profile(replace(subject(), executor=truth), config, tmp_path / str(share), ABOUT)
+        took_s[share] = truth.now()
+    assert took_s[1.0] > 1.5 * took_s[0.0]
+    roofline = RooflineCost(MODEL, 32, 1e12, 1e11)
+    for area, rectangle in areas_of(CONFIG, 32).items():
+        cell = Cell.at(area, rectangle.places()[0])
+        at = area.at
+        resting = cell.prefill is not None and (cell.decode is not None or at.prefill_sms >= at.decode_sms)
+        without, rested = (
+            expected_s(cell, roofline, CONFIG.model_copy(update={"rest_share": share})) for share in (0, 1)
+        )
+        assert rested - HOST_S == pytest.approx((2 if resting else 1) * (without - HOST_S))
+
+
+def test_the_most_kv_tokens_that_fit_are_the_end_of_those_measured_of_both_phases() -> None:
+    more = More(tokens=(256,), kv_tokens=(4096, 16384))
+    config = CONFIG.model_copy(update={"both_more": more})
+    room = blocks_of(None, Decodes.of(DecodeWork(64, 16384)), config.block_size) + 4096 * 3 // config.block_size
+    for num_blocks, kv in ((10**6, (512, 65536)), (room, (512, 16384)), (room // 2, (512, 4096))):
+        fitted = fitting(config, num_blocks)
+        assert fitted.both_decode.kv_tokens == kv
+        hybrid = next(rectangle for area, rectangle in areas_of(fitted, 32).items() if area.table == "hybrid")
+        assert hybrid.along(3) == tuple(x for x in (512, 4096, 16384, 65536) if x <= kv[-1])
+
+
+def test_prompts_that_cannot_be_dealt_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(InputError, match="tokens 250: found no"):
+        fitting(CONFIG.model_copy(update={"both_more": More(tokens=(250,))}), 10**6)
+
+
+def test_more_values_go_with_the_basic_ones_that_they_were_chosen_for() -> None:
+    assert any(ProfileConfig().both_more.values)
+    both = {"tokens": [16, 64], "mean_context": [64]}
+    assert not any(build({"both_prefill": both}, ProfileConfig, "test").both_more.values)
+    given = {"both_prefill": both, "both_more": {"tokens": [32]}}
+    assert build(given, ProfileConfig, "test").both_more.tokens == (32,)
 
 
 def test_areas_are_phases_alone_first_and_the_most_even_split_before_the_others() -> None:

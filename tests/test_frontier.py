@@ -23,7 +23,7 @@ from semipd.core import InputError
 from semipd.frontier import IN_TURN, InTurn, OperatingPoint, best_where, dominator, optimum
 from semipd.prices import Place, Source, worst
 from semipd.profile import Profile, load_profile
-from semipd.survey import TYPICAL, Survey, nearest_to, survey
+from semipd.survey import TYPICAL, Survey, _default, nearest_to, survey
 from semipd.sweep import Sharing
 
 DEVICE, LAYERS = 32, 4
@@ -228,6 +228,16 @@ def test_the_default_load_of_the_shipped_profile_is_measured_and_its_values_are_
     assert min(distances) == min(
         TYPICAL.octaves_from(Place(p.tokens, p.mean_context, p.batch, p.kv_tokens)) for p in shipped.hybrid.points
     )
+
+
+def test_where_nothing_near_a_typical_load_was_measured_it_is_the_default_if_it_is_inside() -> None:
+    def default(*loads: tuple[int, int, int, int]) -> Place:
+        return _default([Place(*load) for load in loads])
+
+    corners = (16, 64, 8, 512), (4096, 16384, 256, 524288)
+    assert default(*corners) == TYPICAL
+    assert default(*corners, (2048, 4096, 64, 131072)) == Place(2048, 4096, 64, 131072)
+    assert default((16, 64, 8, 512), (1024, 16384, 256, 524288)) == Place(1024, 16384, 256, 524288)
 
 
 def test_the_nearest_place_is_nearest_in_factors_of_two() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -103,12 +104,34 @@ def test_its_variables_are_read_off_its_places(grid: Variables) -> None:
 
 
 @given(variables(), st.data())
-def test_a_hole_is_named(grid: Variables, data: st.DataObject) -> None:
+def test_more_may_have_been_measured_of_some_pairs_of_values(grid: Variables, data: st.DataObject) -> None:
+    pairs = list(itertools.product(grid[0][1], grid[1][1]))
     places = sparse(grid)
-    ends = [(values[0], values[-1]) for values in everywhere(grid)]
-    hole = data.draw(st.sampled_from(sorted(itertools.product(*ends))))
-    with pytest.raises(InputError, match=r"^here: no point at .*; expected every combination of a and b and c, or a"):
-        sparse_values(places - {hole}, NAMES, "here")
+    for a, b in data.draw(st.sets(st.sampled_from(pairs))) if pairs else ():
+        places |= set(itertools.product([a], [b], grid[2][0]))
+    found = sparse_values(places, NAMES, "here")
+    assert [list(of.values) for of in found] == everywhere(grid)
+    whole = np.random.default_rng(0).normal(size=[len(of.values) for of in found])
+    measured = table(grid, whole, places)
+    filled = completed(measured, found, scales(grid))
+    assert not np.isnan(filled).any()
+    assert np.array_equal(filled[~np.isnan(measured)], measured[~np.isnan(measured)])
+
+
+@given(variables(), st.booleans(), st.data())
+def test_a_point_that_was_lost_is_named(grid: Variables, full: bool, data: st.DataObject) -> None:
+    places = set(itertools.product(*everywhere(grid))) if full else sparse(grid)
+    assert sparse_values(places, NAMES, "here")
+    hole = data.draw(st.sampled_from(sorted(places)))
+    ends = all(x in (values[0], values[-1]) for x, values in zip(hole, everywhere(grid), strict=True))
+    inner = sum(x not in (values[0], values[-1]) for x, values in zip(hole, everywhere(grid), strict=True))
+    named = "here: no point at " + ", ".join(f"{name} {x}" for name, x in zip(NAMES, hole, strict=True)) + ";"
+    if ends or (full and inner != 2):
+        with pytest.raises(InputError, match="^" + re.escape(named)):
+            sparse_values(places - {hole}, NAMES, "here")
+    elif full:
+        with pytest.raises(InputError, match=r"^here: no point at .*; expected every combination of a and b and c, or"):
+            sparse_values(places - {hole}, NAMES, "here")
 
 
 def test_a_value_below_one_is_refused() -> None:

@@ -242,10 +242,42 @@ def test_after_what_may_reach_the_power_limit_the_device_rests_for_a_share_of_th
     for limited in (
         lambda watch: watch.both(batch, decode, AT),
         lambda watch: watch.prefill(batch, whole),
+        lambda watch: watch.mixed(batch, decode, Allocation(Mode.MIXED, 32, 32, 8192)),
     ):
         load_s = took_s(0.0, limited)
         assert 1.2 * load_s < took_s(0.5, limited) <= 1.5 * load_s + 1e-9
     assert took_s(0.5, lambda watch: watch.decode(decode, AT)) == took_s(0.0, lambda watch: watch.decode(decode, AT))
+
+
+class SlowToFeed(PassingOn):
+    """Its first wait takes 50 ms, as where a batch of a new size is captured."""
+
+    waits = 0
+
+    def wait(self, until_s: float | None) -> list[StepRecord]:
+        self.waits += 1
+        if self.waits > 1 or until_s is None:
+            return self.to.wait(until_s)
+        found = []
+        while self.now() < until_s + 0.05:
+            found += self.to.wait(until_s + 0.05)
+        return found
+
+
+@pytest.mark.parametrize("phase", [Phase.DECODE, Phase.MIXED])
+def test_a_load_settles_from_when_every_phase_was_fed(phase: Phase) -> None:
+    steps = {}
+    for slow in (False, True):
+        inner = SimExecutor(TRUTH, Overheads())
+        stopwatch = Stopwatch(
+            SlowToFeed(inner) if slow else inner, TRUTH.layers, settle_s=0.01, measure_s=0.02, limit_s=0.02
+        )
+        prefill, decode = Prompts((64,), (0,)), Decodes((100, 200))
+        fused = Allocation(Mode.MIXED, 32, 32, 8192)
+        spread = stopwatch.decode(decode, AT) if phase is Phase.DECODE else stopwatch.mixed(prefill, decode, fused)
+        steps[slow] = spread.steps, inner.now()
+    assert steps[True][0] <= steps[False][0] + 2  # those of the first 50 ms are left out
+    assert steps[True][1] >= steps[False][1] + 0.045
 
 
 def test_a_whole_run_is_timed_with_what_the_host_does_before_its_first_step() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,11 +206,103 @@ def test_beside_the_other_phase_nothing_is_left_of_the_stairs_beyond_the_padded_
     assert time_s(unpadded, tokens, beside) == pytest.approx(1.5 * time_s(unpadded, tokens, None), rel=1e-9)
 
 
+SPARSE = ({16, 256, 8192}, {64, 8192}, {1, 64}, {512, 65536})
+
+
+def speed_left(phase: int, tokens: float, context: float, batch: float, kv_tokens: float) -> float:
+    """Whose logarithm is multilinear in those of the variables, plus something odd of each alone off ``SPARSE``."""
+    t, m, b, k = np.log2([tokens, context, batch, kv_tokens])
+    odd = 0.005 * (tokens == 512) - 0.004 * (batch == 16) + 0.003 * (kv_tokens == 4096) + 0.002 * (context == 1024)
+    return float(np.exp(-0.3 - 0.01 * phase - 0.004 * t * b - 0.003 * k * m + 0.001 * t * k + odd))
+
+
+def hybrid_rows(places: Iterable[tuple[int, int, int, int]]) -> list[HybridPoint]:
+    """Both phases on halves of the device, by the time alone of these tables and ``speed_left``."""
+    cost = TableCost(
+        Tables.of(
+            [*prefill_points([8, 16, 24]), *prefill_table()], [*decode_points([8, 16, 24]), *decode_table()],
+            hybrid_points([8, 16, 24]), device_sms=DEVICE, layers=LAYERS,
+        )
+    )  # fmt: skip
+    found = []
+    for t, m, b, k in places:
+        work = PrefillWork.at(t, m)
+        shape = work.tokens, work.mean_context, work.seqs, work.seq_tokens, work.seq_context
+        p = prefill_ms(cost, t, m) / speed_left(0, t, m, b, k)
+        d = decode_ms(cost, b, k) / speed_left(1, t, m, b, k)
+        half = DEVICE // 2
+        found.append(HybridPoint("split", half, half, *shape, b, k, "fa2", "fa2", 5, p, p, p, 5, d, d, d))
+    return found
+
+
+def test_a_sparse_grid_says_what_the_full_one_does_where_variables_act_alone_on_top_of_something_multilinear() -> None:
+    values = [(16, 256, 512, 8192), (64, 1024, 8192), (1, 16, 64), (512, 4096, 65536)]
+    full = set(itertools.product(*values))
+    sparse = {place for place in full if sum(x not in basic for x, basic in zip(place, SPARSE, strict=True)) < 2}
+    prefill, decode = (
+        [replace(p, sms=n) for p in of for n in (DEVICE // 2, DEVICE)] for of in (prefill_table(), decode_table())
+    )
+    by_full, by_sparse = (
+        TableCost(Tables.of(prefill, decode, hybrid_rows(places), device_sms=DEVICE, layers=LAYERS))
+        for places in (full, sparse)
+    )
+    assert len(sparse) < 0.7 * len(full)
+    at = Allocation(Mode.SPLIT, DEVICE // 2, DEVICE // 2)
+    for t, m, b, k in full:
+        shape, beside = PrefillShape(t, float(t * m)), DecodeShape(b, k)
+        assert by_sparse.prefill_s(shape, at, beside) == pytest.approx(by_full.prefill_s(shape, at, beside), rel=1e-9)
+        steps = (cost.decode_s(beside, at, shape)[0][0] for cost in (by_sparse, by_full))
+        assert next(steps) == pytest.approx(next(steps), rel=1e-9)
+
+
+def test_a_sparse_table_of_fused_batches_says_what_the_full_one_does() -> None:
+    full = fused_table((8, 24, 64), (512, 4096, 65536))
+    sparse = [p for p in full if (p.tokens == 256) + (p.batch == 24) + (p.kv_tokens == 4096) < 2]
+    assert len(sparse) < 0.8 * len(full)
+    by_full, by_sparse = (model(mixed=table, padded=SIZES) for table in (full, sparse))
+    for p in full:
+        chunk, decode = PrefillShape(p.tokens, float(p.tokens * p.mean_context)), DecodeShape(p.batch, p.kv_tokens)
+        assert by_sparse.mixed_s(chunk, decode)[0] == pytest.approx(by_full.mixed_s(chunk, decode)[0], rel=1e-9)
+
+
+def test_beyond_the_hybrid_tables_tokens_prefill_keeps_its_last_speed_stairs_and_all() -> None:
+    values = ((16, 256, 2048), (64, 8192), (1, 64), (512, 65536))
+    prefill, decode = (
+        [replace(p, sms=n) for p in of for n in (DEVICE // 2, DEVICE)] for of in (prefill_table(), decode_table())
+    )
+    hybrid = hybrid_rows(itertools.product(*values))
+    cost = TableCost(Tables.of(prefill, decode, hybrid, device_sms=DEVICE, layers=LAYERS, padded=SIZES))
+    at, beside = Allocation(Mode.SPLIT, DEVICE // 2, DEVICE // 2), DecodeShape(64, 512)
+    for tokens in (2048, 3000, 3072, 8192):
+        shape = PrefillShape(tokens, 64.0 * tokens)
+        alone_s = cost.prefill_s(shape, at, None)[0]
+        assert cost.prefill_s(shape, at, beside) == (pytest.approx(alone_s / speed_left(0, 2048, 64, 64, 512)), False)
+
+
+def test_where_the_solo_table_ends_before_the_hybrid_one_its_last_point_counts() -> None:
+    short = [p for p in prefill_table() if p.tokens <= 3072]
+    short += [prefill_point(3072, c, 3072) for c in CONTEXTS[1:]]
+    short = [p for p in short if p.tokens != 8192]
+    prefill, decode = ([replace(p, sms=n) for p in of for n in (DEVICE // 2, DEVICE)] for of in (short, decode_table()))
+    hybrid = hybrid_rows(itertools.product((16, 256, 8192), (64, 8192), (1, 64), (512, 65536)))
+    cost = TableCost(Tables.of(prefill, decode, hybrid, device_sms=DEVICE, layers=LAYERS, padded=SIZES))
+    at, beside = Allocation(Mode.SPLIT, DEVICE // 2, DEVICE // 2), DecodeShape(64, 512)
+    for tokens, outside in ((2500, False), (3072, False), (4000, True)):
+        shape = PrefillShape(tokens, 64.0 * tokens)
+        assert cost.prefill_s(shape, at, beside)[1] is outside
+        assert (cost.outside(shape, at, beside) is not None) is outside
+
+
 def mixed_table() -> list[MixedPoint]:
+    """The coarse one."""
+    return fused_table((8, 64), (512, 65536))
+
+
+def fused_table(batches: tuple[int, ...], kv_tokens: tuple[int, ...]) -> list[MixedPoint]:
     """Fused steps whose matrix products have the stair of all rows, the rest being linear in each number."""
     found = []
     for tokens, context in ((t, c) for t in (16, 256, 2048) for c in (64, 1024)):
-        for decode in (DecodeWork(b, kv) for b in (8, 64) for kv in (512, 65536)):
+        for decode in (DecodeWork(b, kv) for b in batches for kv in kv_tokens):
             work = PrefillWork.at(tokens, context)
             ms = mixed_ms(tokens, context, decode.batch, decode.kv_tokens)
             shape = work.tokens, work.mean_context, work.seqs, work.seq_tokens, work.seq_context
