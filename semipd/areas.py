@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from semipd.config import DecodeAxes, ProfileConfig
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.padding import MOST_PREFILL_ROWS, prefill_sizes
+from semipd.profile_config import DecodeAxes, ProfileConfig
 from semipd.rectangle import SPINE, Place, Rectangle
 from semipd.roofline import RooflineCost
 from semipd.stopwatch import DECODE_STEPS, FEW_STEPS, STEPS, Decodes, Prompts

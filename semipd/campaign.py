@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from semipd.areas import Area, areas_of, blocks_of, expected_s, fitting
-from semipd.config import ProfileConfig
 from semipd.executor import Executor
 from semipd.holdout import measure, trials
 from semipd.model_config import ModelConfig
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
 from semipd.profile import ProfileHeader
+from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress, within
 from semipd.profiling import AGAIN, POINTS, Backends, Profiling, choose_backends, overheads
 from semipd.roofline import RooflineCost

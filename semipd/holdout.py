@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from semipd.areas import Area
-from semipd.config import DecodeAxes, PrefillAxes, ProfileConfig, build
+from semipd.config import build
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, Phase, PrefillShape
 from semipd.model_config import ModelConfig
 from semipd.profile import Profile
+from semipd.profile_config import DecodeAxes, PrefillAxes, ProfileConfig
 from semipd.profiler import Progress
 from semipd.roofline import fitted
 from semipd.stopwatch import LENGTHS_SHAPE, Decodes, Prompts, Stopwatch, dealt

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from semipd.areas import AXES, Area, Cell, snapped
-from semipd.config import ProfileConfig
 from semipd.core import InputError, Mode, Phase
 from semipd.cost import CostModel
 from semipd.grid import lacking
 from semipd.overheads import Overheads
+from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress
 from semipd.rectangle import SPINE, Place, Probe, Rectangle
 from semipd.stopwatch import Decodes, Prompts, Stopwatch

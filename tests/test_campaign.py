@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from semipd.areas import AXES, HOST_S, Area, Cell, areas_of, blocks_of, expected_s, fitting, snapped
 from semipd.campaign import Measured, Subject, measure_profile
-from semipd.config import DecodeAxes, More, PrefillAxes, ProfileConfig, build
+from semipd.config import build
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.grid import lacking, sparse_values
 from semipd.holdout import errors, held_out
 from semipd.model_config import ModelConfig
 from semipd.padding import Padded
 from semipd.profile import load_profile
+from semipd.profile_config import DecodeAxes, More, PrefillAxes, ProfileConfig
 from semipd.profiler import Progress
 from semipd.profiling import AGAIN, Drift, _widened, measured_places, relative_error
 from semipd.rectangle import SPINE, Rectangle

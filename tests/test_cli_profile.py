@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from semipd.cli import main
-from semipd.config import ProfileConfig, load
+from semipd.config import load
 from semipd.core import Allocation, Mode, Phase
 from semipd.model_config import ModelConfig
 from semipd.profile import load_profile
+from semipd.profile_config import ProfileConfig
 
 torch = pytest.importorskip("torch")
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from passing_on import PassingOn
 
 from semipd.areas import areas_of
-from semipd.config import DecodeAxes, ProfileConfig
 from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
 from semipd.overheads import Overheads
+from semipd.profile_config import DecodeAxes, ProfileConfig
 from semipd.profiling import overheads
 from semipd.sim import SimExecutor
 from semipd.stopwatch import (

@@ -17,8 +17,8 @@ from semipd.cli.session import CutShortError, Session, note, show, show_json
 
 if TYPE_CHECKING:
     from semipd.campaign import Subject
-    from semipd.config import ProfileConfig
     from semipd.model_config import ModelConfig
+    from semipd.profile_config import ProfileConfig
 
 DEVICES = ("cuda", "cpu")
 CPU_SMS = 16  # a CPU has no SMs: its partitions are names
@@ -49,11 +49,12 @@ def profile(
 ) -> None:
     """Measure a model's profile: each phase alone, both at once, fused batches; first coarsely, then where it errs."""
     from semipd.campaign import measure_profile
-    from semipd.config import ProfileConfig, build, load, read_yaml
+    from semipd.config import build, load, read_yaml
     from semipd.core import InputError
     from semipd.holdout import as_document, held_out
     from semipd.model_config import ModelConfig
     from semipd.profile import load_profile
+    from semipd.profile_config import ProfileConfig
 
     begun_s = time.monotonic()
     session: Session = ctx.obj
