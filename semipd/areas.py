@@ -93,6 +93,9 @@ class Cell:
         return ", ".join(words)
 
 
+CONTENDED = 1.5
+"""How many times as long a step takes beside the other phase as a roofline says, about."""
+
 LEAST_SMS = 8
 """Of a partition on which a model runs: on 4 SMs of an H200 kernels of cuBLAS do not start."""
 
@@ -223,6 +226,6 @@ def expected_s(cell: Cell, roofline: RooflineCost, config: ProfileConfig) -> flo
         steps_s += [float(roofline.decode_s(d, at, None)[0][0])] if d else []
     limited = p is not None and (d is not None or at.prefill_sms >= at.decode_sms)
     settle_s = (config.limited_settle_ms if limited else config.settle_ms) / 1e3
-    slow_s = max(steps_s)
+    slow_s = max(steps_s) * (CONTENDED if p and d else 1.0)
     steady_s = max(config.measure_ms / 1e3, min(STEPS * slow_s, config.limit_ms / 1e3), FEW_STEPS * slow_s) + 2 * slow_s
     return (settle_s + steady_s) * (1 + config.rest_share * limited) + HOST_S

@@ -29,9 +29,6 @@ from semipd.tables import Scales, Tables
 ALONE_SHARE = 0.5
 """Of the time for refinement, what the phases alone may take: all other tables are multiples of theirs."""
 
-HOLDOUT_PACE = 1.3
-"""How many times longer a held-out point takes than one of the coarse tables: its batch has yet to be captured."""
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -156,13 +153,16 @@ class Campaign:
             f"plan: {len(missing)} points, about {about_s:.0f} s at {config.peak_tflops:.0f} TFLOP/s and "
             f"{config.peak_tbps:.1f} TB/s; then more where the cost model errs; then {config.holdout} held out"
         )
+        held_out_s = config.holdout * about_s / len(missing) if missing else 0.0
+        if about_s + held_out_s > self._left_s():
+            self._note(f"that and the held-out points may take longer than the {self._left_s():.0f} s that are left")
         started_s = time.monotonic()
         if not self._drive("coarse", profiling.fill(), self._left_s()):
             return False
         self.usable = True
         pace_s = (time.monotonic() - started_s) / len(missing) if missing else HOST_PACE_S
         again_s = pace_s * AGAIN * len(POINTS)
-        refine_s = self._left_s() - HOLDOUT_PACE * pace_s * config.holdout - again_s
+        refine_s = self._left_s() - pace_s * config.holdout - again_s
         alone = [area for area in self._areas if area.table in ("prefill", "decode")]
         both = [area for area in self._areas if area not in alone]
         until_s = time.monotonic() + refine_s

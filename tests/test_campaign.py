@@ -198,6 +198,14 @@ def test_whenever_it_stops_the_tables_are_whole_and_resuming_measures_the_rest(p
     assert len(load_profile(out).cost().allocations) == 3 + 1 + 1 + 1
 
 
+def test_a_plan_that_is_longer_than_the_time_limit_is_announced(tmp_path: Path) -> None:
+    for limit_s, said in ((1e-6, 1), (1e6, 0)):
+        notes: list[str] = []
+        config = CONFIG.model_copy(update={"limit_s": limit_s, "holdout": 6})
+        measure_profile(subject(), config, tmp_path / str(limit_s), ABOUT, note=notes.append)
+        assert sum("may take longer than" in line for line in notes) == said
+
+
 def test_a_time_limit_ends_it_between_two_points(tmp_path: Path) -> None:
     done = measure(tmp_path / "p", limit_s=1e-6)
     assert (done.complete, done.usable, done.interrupted) == (False, False, False)
