@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ class Knots:
     basic: npt.NDArray[np.bool_]
 
 
-def sparse_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where: str) -> list[Knots]:
+def sparse_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where: str) -> Sequence[Knots]:
     """The variables of a sparse grid, of which more may have been measured.
 
     Basic are the ends, since beyond them nothing is known, and as many other values as make it one; those with the
@@ -63,7 +64,7 @@ def sparse_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where
 
     Raises InputError unless values are positive and what is measured at them is such a grid.
     """
-    found = set(places)
+    found = frozenset(places)
     for name, of in zip(names, zip(*found, strict=True), strict=True):
         if min(of) < 1:
             raise InputError(f"{where}: {name}: found {min(of)}; expected one or more")
@@ -81,12 +82,13 @@ def lacking(places: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
     """What has to be measured besides, for these places to be a sparse grid; nothing if they are, or are none."""
     found = set(places)
     added: set[tuple[int, ...]] = set()
-    while found and (lost := _sparse(found | added)[1]):
+    while found and (lost := _sparse(frozenset(found | added))[1]):
         added |= set(lost)
     return added
 
 
-def _sparse(found: set[tuple[int, ...]]) -> tuple[list[Knots], list[tuple[int, ...]]]:
+@lru_cache(maxsize=16)  # ways of sharing mostly have the same places
+def _sparse(found: frozenset[tuple[int, ...]]) -> tuple[tuple[Knots, ...], tuple[tuple[int, ...], ...]]:
     """The variables of these places as those of a sparse grid, and what it lacks: as little as possible."""
     values = [sorted(set(of)) for of in zip(*found, strict=True)]
     index = [{value: i for i, value in enumerate(of)} for of in values]
@@ -95,15 +97,15 @@ def _sparse(found: set[tuple[int, ...]]) -> tuple[list[Knots], list[tuple[int, .
         known[tuple(at[value] for at, value in zip(index, place, strict=True))] = True
     counts = [known.sum(axis=tuple(j for j in range(known.ndim) if j != i)) for i in range(known.ndim)]
     shares = [of / of.max() for of in counts]
-    best: tuple[list[Knots], list[tuple[int, ...]]] | None = None
+    best: tuple[tuple[Knots, ...], tuple[tuple[int, ...], ...]] | None = None
     for least in (0.0, *sorted({float(share) for of in shares for share in of[1:-1]})):
         basic = [of > least for of in shares]
         for of in basic:
             of[[0, -1]] = True
-        knots = [Knots(tuple(of), each) for of, each in zip(values, basic, strict=True)]
+        knots = tuple([Knots(tuple(of), each) for of, each in zip(values, basic, strict=True)])
         holes = _holes(known, knots)
         if best is None or len(holes) < len(best[1]):
-            lost = [tuple(of[i] for of, i in zip(values, hole, strict=True)) for hole in holes]
+            lost = tuple([tuple(of[i] for of, i in zip(values, hole, strict=True)) for hole in holes])
             best = knots, lost
         if not holes:
             break
