@@ -134,24 +134,29 @@ def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
     for at in sorted(ways, key=lambda at: (at.mode is not Mode.SPLIT, abs(at.prefill_sms - device_sms / 2))):
         found[Area("hybrid", at)] = both
     spines = {"prefill": config.prefill_spine, "decode": config.decode_spine}
-    more = config.both_more.values
-    rectangles = {}
-    for area, values in found.items():
-        sparse = area.table in ("hybrid", "mixed")
-        rectangle = _rectangle(area.table, values, spines.get(area.table, ()), sparse)
-        for axis, value in ((i, x) for i, along in enumerate(more) for x in along if sparse):
-            if rectangle.values[axis][0] < value < rectangle.values[axis][-1]:
-                rectangle = rectangle.with_knot(axis, value)
-        rectangles[area] = rectangle
-    return rectangles
+    more = dict.fromkeys(("hybrid", "mixed"), config.both_more.values)
+    return {
+        area: _rectangle(area.table, values, spines.get(area.table, ()), more.get(area.table))
+        for area, values in found.items()
+    }
 
 
-def _rectangle(table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int, ...], sparse: bool) -> Rectangle:
-    found = Rectangle(AXES[table], tuple(tuple(sorted(set(v))) for v in values), sparse=sparse)
-    for value in spine:
-        if found.values[0][0] < value < found.values[0][-1]:
-            found = found.with_knot(SPINE, value)
+def _rectangle(
+    table: str, values: tuple[tuple[int, ...], ...], spine: tuple[int, ...], more: tuple[tuple[int, ...], ...] | None
+) -> Rectangle:
+    """With ``more``, which may be empty, a sparse one."""
+    found = Rectangle(AXES[table], tuple(tuple(sorted(set(v))) for v in values), sparse=more is not None)
+    for value in _between(found.values[0], spine):
+        found = found.with_knot(SPINE, value)
+    for axis, others in enumerate(more or ()):
+        for value in _between(found.values[axis], others):
+            found = found.with_knot(axis, value)
     return found
+
+
+def _between(values: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
+    """Those of the others that are between the ends of the values."""
+    return tuple(x for x in others if min(values) < x < max(values))
 
 
 def snapped(name: str, value: float) -> int:
@@ -193,13 +198,11 @@ def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
             )
         return axes.model_copy(update={"kv_tokens": kept})
 
-    more, basic = config.both_more, config.both_decode
-    tokens, contexts = (
-        (*config.both_prefill.tokens, *more.tokens),
-        (*config.both_prefill.mean_context, *more.mean_context),
-    )
+    basic = config.both_decode
+    asked = zip((*config.both_prefill.values, *basic.values), config.both_more.values, strict=True)
+    tokens, contexts, _, kv_tokens = ((*values, *_between(values, more)) for values, more in asked)
     works = [PrefillWork.at(t, m) for t in tokens for m in contexts]
-    every = room(basic.model_copy(update={"kv_tokens": (*basic.kv_tokens, *more.kv_tokens)}), works).kv_tokens
+    every = room(basic.model_copy(update={"kv_tokens": kv_tokens}), works).kv_tokens
     # The most KV tokens for which there is room are basic: what is beyond the ends of these is left out.
     ends = tuple(sorted({*(kv for kv in basic.kv_tokens if kv in every), max(every)}))
     return config.model_copy(

@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from semipd._steps import Axis
 from semipd.core import FloatArray, InputError
+
+Place = TypeVar("Place", bound=tuple[int, ...])
 
 FLOORS: Mapping[str, float] = {"tokens": 16, "mean_context": 64, "batch": 8, "kv_tokens": 512}
 """Work below which a step takes no less time to speak of, since kernels compute whole tiles (docs/profiles.md)."""
@@ -37,10 +40,15 @@ def axis_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where: 
             raise InputError(f"{where}: {name}: found {measured[0]}; expected one or more")
     missing = [place for place in itertools.product(*values) if place not in found]
     if missing:
-        first = ", ".join(f"{name} {x}" for name, x in zip(names, missing[0], strict=True))
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(f"{where}: no point at {first}{more}; expected every combination of {' and '.join(names)}")
+        raise _lacks(missing, names, where)
     return values
+
+
+def _lacks(missing: Sequence[tuple[int, ...]], names: Sequence[str], where: str, otherwise: str = "") -> InputError:
+    first = ", ".join(f"{name} {x}" for name, x in zip(names, missing[0], strict=True))
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    every = " and ".join(names)
+    return InputError(f"{where}: no point at {first}{more}; expected every combination of {every}{otherwise}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +78,7 @@ def sparse_values(places: Iterable[tuple[int, ...]], names: Sequence[str], where
             raise InputError(f"{where}: {name}: found {min(of)}; expected one or more")
     knots, lost = _sparse(found)
     if lost:
-        first = ", ".join(f"{name} {x}" for name, x in zip(names, lost[0], strict=True))
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        raise InputError(
-            f"{where}: no point at {first}{more}; expected every combination of {' and '.join(names)}, or a sparse grid"
-        )
+        raise _lacks(lost, names, where, ", or a sparse grid")
     return knots
 
 
@@ -91,10 +95,7 @@ def lacking(places: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
 def _sparse(found: frozenset[tuple[int, ...]]) -> tuple[tuple[Knots, ...], tuple[tuple[int, ...], ...]]:
     """The variables of these places as those of a sparse grid, and what it lacks: as little as possible."""
     values = [sorted(set(of)) for of in zip(*found, strict=True)]
-    index = [{value: i for i, value in enumerate(of)} for of in values]
-    known = np.zeros([len(of) for of in values], dtype=bool)
-    for place in found:
-        known[tuple(at[value] for at, value in zip(index, place, strict=True))] = True
+    known = ~np.isnan(arranged(dict.fromkeys(found, 0.0), values))
     counts = [known.sum(axis=tuple(j for j in range(known.ndim) if j != i)) for i in range(known.ndim)]
     shares = [of / of.max() for of in counts]
     best: tuple[tuple[Knots, ...], tuple[tuple[int, ...], ...]] | None = None
@@ -131,6 +132,15 @@ def _holes(known: npt.NDArray[np.bool_], knots: Sequence[Knots]) -> list[tuple[i
             whole[off] = complete
             lost = np.argwhere(~block & np.expand_dims(wanted, others))
             found += [tuple(int(of[i]) for of, i in zip(along, at, strict=True)) for at in lost]
+    return found
+
+
+def arranged(measured: Mapping[Place, float], values: Sequence[Sequence[int]]) -> FloatArray:
+    """What was measured at places, with an axis for each variable's values; NaN where nothing was."""
+    found: FloatArray = np.full([len(of) for of in values], np.nan)
+    index = [{value: i for i, value in enumerate(of)} for of in values]
+    for place, number in measured.items():
+        found[tuple(at[value] for at, value in zip(index, place, strict=True))] = number
     return found
 
 

@@ -12,42 +12,36 @@ from semipd.padding import decode_sizes, prefill_sizes
 ProfileMode = Literal["split", "capped", "priority", "mixed"]
 
 
-class PrefillAxes(Strict):
+class Axes(Strict):
+    """Values of some variables, each a field."""
+
+    @property
+    def values(self) -> tuple[tuple[int, ...], ...]:
+        """In the order of the names."""
+        return tuple(getattr(self, name) for name in type(self).model_fields)
+
+
+class PrefillAxes(Axes):
     """Where a rectangle of prefill batches starts: new tokens, and the keys that each attends to on average."""
 
     tokens: Axis
     mean_context: Axis
 
-    @property
-    def values(self) -> tuple[tuple[int, ...], ...]:
-        """In the order of the names."""
-        return self.tokens, self.mean_context
 
-
-class DecodeAxes(Strict):
+class DecodeAxes(Axes):
     """Where a rectangle of decode batches starts: sequences, and the cached tokens that they read together."""
 
     batch: Axis
     kv_tokens: Axis
 
-    @property
-    def values(self) -> tuple[tuple[int, ...], ...]:
-        """In the order of the names."""
-        return self.batch, self.kv_tokens
 
-
-class More(Strict):
+class More(Axes):
     """More values of the variables of both phases; none by default."""
 
     tokens: tuple[Positive, ...] = ()
     mean_context: tuple[Positive, ...] = ()
     batch: tuple[Positive, ...] = ()
     kv_tokens: tuple[Positive, ...] = ()
-
-    @property
-    def values(self) -> tuple[tuple[int, ...], ...]:
-        """In the order of the names."""
-        return self.tokens, self.mean_context, self.batch, self.kv_tokens
 
 
 class ProfileConfig(Strict):

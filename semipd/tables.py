@@ -12,7 +12,7 @@ import numpy as np
 
 from semipd._steps import Axis, Grid
 from semipd.core import Allocation, FloatArray, InputError, Mode
-from semipd.grid import axis, axis_values, completed, sparse_values
+from semipd.grid import arranged, axis, axis_values, completed, sparse_values
 from semipd.padding import NOT_PADDED, Padded
 from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
 
@@ -313,23 +313,26 @@ def _contention(
     knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
     at, among = (np.log2(np.asarray(x, dtype=np.float64) + scales.kv_tokens) for x in (knots, kv))
 
-    decode_alone = {b: np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]) for b in batches}
-    prefill_alone = {(t, m): alone.number(t, m)[0] for t, m in {place[:2] for place in best}}
-    indices = [{value: i for i, value in enumerate(of)} for of in values]
-    speeds = np.full((2, *map(len, values)), np.nan)
-    for place, point in best.items():
-        t, m, b, _ = place
-        index = tuple(at[value] for at, value in zip(indices, place, strict=True))
-        speeds[0][index] = prefill_alone[t, m] / (point.prefill_median_ms / 1e3)
-        speeds[1][index] = decode_alone[b][index[3]] / (point.decode_median_ms / 1e3)
+    decode_s = {
+        b: dict(zip(kv, np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]), strict=True)) for b in batches
+    }
+    prefill_s = {(t, m): alone.number(t, m)[0] for t, m in {place[:2] for place in best}}
     straight = [np.log2(np.array(v) + offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]
-    missing = np.isnan(speeds[0])
-    for phase in (0, 1) if missing.any() else ():
-        speeds[phase, missing] = np.exp(completed(np.log(speeds[phase]), grid, straight)[missing])
+
+    def everywhere(speeds: Mapping[tuple[int, int, int, int], float]) -> FloatArray:
+        measured = arranged(speeds, values)
+        return np.where(np.isnan(measured), np.exp(completed(np.log(measured), grid, straight)), measured)
+
+    prefill_speed = everywhere(
+        {(t, m, b, k): prefill_s[t, m] * 1e3 / p.prefill_median_ms for (t, m, b, k), p in best.items()}
+    )
+    decode_speed = everywhere(
+        {(t, m, b, k): decode_s[b][k] * 1e3 / p.decode_median_ms for (t, m, b, k), p in best.items()}
+    )
     return Contention(
-        prefill=Grid(axes, speeds[0].reshape(-1)),
+        prefill=Grid(axes, prefill_speed.reshape(-1)),
         prefill_alone=alone,
-        decode=Grid(axes[:3], np.array([np.interp(at, among, of) for of in speeds[1].reshape(-1, len(kv))])),
+        decode=Grid(axes[:3], np.array([np.interp(at, among, of) for of in decode_speed.reshape(-1, len(kv))])),
         solo=Grid(decode.at_batch.axes, np.array([np.interp(knots, decode.kv_tokens, row) for row in decode.rows])),
         kv_tokens=knots,
         low=max(decode.kv.low, axes[3].low),
@@ -344,9 +347,6 @@ def _fused(points: Iterable[MixedPoint], rows: Grid, where: str) -> Grid:
         raise InputError(f"{where}: no measured point; expected some to choose fused batches")
     grid = sparse_values(best, SHARED, where)
     values = [list(of.values) for of in grid]
-    seconds = np.full([*map(len, values)], np.nan)
-    for place, point in best.items():
-        at = tuple(x.index(value) for x, value in zip(values, place, strict=True))
-        seconds[at] = point.median_ms / 1e3 - rows.number(place[0] + place[2])[0]
-    seconds = completed(seconds, grid, [np.array(v, dtype=np.float64) for v in values])
+    beyond = {place: p.median_ms / 1e3 - rows.number(p.tokens + p.batch)[0] for place, p in best.items()}
+    seconds = completed(arranged(beyond, values), grid, [np.array(v, dtype=np.float64) for v in values])
     return Grid([axis(name, v) for name, v in zip(SHARED, values, strict=True)], seconds.reshape(-1))

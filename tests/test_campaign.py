@@ -434,6 +434,12 @@ def test_the_most_kv_tokens_that_fit_are_the_end_of_those_measured_of_both_phase
         assert hybrid.along(3) == tuple(x for x in (512, 4096, 16384, 65536) if x <= kv[-1])
 
 
+def test_more_values_beyond_the_ends_are_left_out_whatever_they_are() -> None:
+    config = CONFIG.model_copy(update={"both_more": More(tokens=(9999,), mean_context=(8192,), kv_tokens=(131072,))})
+    assert fitting(config, 10**6).both_decode == CONFIG.both_decode
+    assert areas_of(fitting(config, 10**6), 32) == areas_of(CONFIG, 32)
+
+
 def test_prompts_that_cannot_be_dealt_are_refused_before_anything_is_measured() -> None:
     with pytest.raises(InputError, match="tokens 250: found no"):
         fitting(CONFIG.model_copy(update={"both_more": More(tokens=(250,))}), 10**6)
