@@ -41,7 +41,7 @@ def looped(executor: TorchExecutor, run: Run) -> tuple[float, float]:
 def kernels(executor: TorchExecutor, at: Allocation, batch: int, times: int) -> float:
     """Milliseconds of a step's kernels, planned as for the last step of the loop."""
     stream = executor.engine.device.stream(Phase.DECODE, at)
-    step = executor.engine.decode_step(stream, decode_rows(batch, executor.engine.max_num_seqs))
+    step = executor.engine.decode_step(stream, decode_rows(batch, executor.engine.max_num_seqs), at.decode_sms)
     with stream.use():
         step()
         begun = stream.mark()

@@ -7,7 +7,6 @@ a batch, then runs its layers; it has its own workspace, so plans of the two pha
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +16,10 @@ from torch import Tensor
 from semipd.core import IntArray
 from semipd.model_config import ModelConfig
 from semipd.paged_kv import PagedKvCache, Ragged
-from semipd.tiles import balance
+from semipd.tiles import CTAS_OF_SM, balance, decode_chunks, fa2_tile_rows, prefill_chunks
 
 BACKENDS = ("fa2", "fa3", "fa3-sized")
-WORKSPACE_BYTES = 256 << 20  # flashinfer splits few queries over long keys into partial results
+WORKSPACE_BYTES = 384 << 20  # partial results of split keys: for 182 CTAs of 32 heads, each of them of 128 rows
 
 
 class AttentionPlan(Protocol):
@@ -51,8 +50,8 @@ class Attention(Protocol):
         """For fused batches of prompts and decoding sequences, on the whole device."""
         ...
 
-    def decode(self, rows: int) -> AttentionPlan:
-        """For batches of exactly so many sequences with one new token each."""
+    def decode(self, rows: int, sms: int) -> AttentionPlan:
+        """For batches of exactly so many sequences with one new token each, on a partition of so many SMs."""
         ...
 
 
@@ -73,9 +72,9 @@ class TorchAttention:
         """See ``Attention``."""
         return TorchPlan(self._cache)
 
-    def decode(self, rows: int) -> AttentionPlan:
+    def decode(self, rows: int, sms: int) -> AttentionPlan:
         """See ``Attention``."""
-        del rows
+        del rows, sms
         return TorchPlan(self._cache)
 
 
@@ -119,8 +118,9 @@ class FlashinferAttention:
 
     ``prefill_backend`` names the kernel of a partition by its SMs: ``fa2``, ``fa3``, or ``fa3-sized``, which is fa3
     planned for the partition (docs/adr/0002-fa3-sized-to-the-partition.md). Decode uses tensor cores (fa2).
-    So are fused batches, whose many single rows fa3 is slow at. Prefill and fused plans share one workspace and decode
-    plans another, as there is one run of each phase at a time.
+    So are fused batches, whose many single rows fa3 is slow at. Where fa2 splits keys is ours to say, for it depends on
+    the partition (docs/adr/0008-where-keys-are-split.md). Prefill and fused plans share one workspace and decode plans
+    another, as there is one run of each phase at a time.
     """
 
     graphs = True
@@ -143,9 +143,9 @@ class FlashinferAttention:
 
     def mixed(self) -> AttentionPlan:
         """See ``Attention``."""
-        return FlashinferPrefill(self._config, self._cache, self._workspaces[0], "fa2", 0)
+        return FlashinferPrefill(self._config, self._cache, self._workspaces[0], "fa2", _device_sms())
 
-    def decode(self, rows: int) -> AttentionPlan:
+    def decode(self, rows: int, sms: int) -> AttentionPlan:
         """See ``Attention``. Its buffers are shared by the plans of every number of rows."""
         import flashinfer
 
@@ -163,7 +163,7 @@ class FlashinferAttention:
         if self._decode_ints is None:
             self._decode_ints = wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer
         wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer = self._decode_ints
-        return FlashinferDecode(self._config, self._cache, wrapper, self._paging, rows)
+        return FlashinferDecode(self._config, self._cache, wrapper, self._paging, rows, sms)
 
 
 class DecodePaging:
@@ -204,8 +204,43 @@ def _pinned(array: IntArray) -> Tensor:
     return torch.from_numpy(array.astype(np.int32)).pin_memory()
 
 
+def _device_sms() -> int:
+    return int(torch.cuda.get_device_properties("cuda").multi_processor_count)
+
+
+def _plan_fa2(wrapper: Any, config: ModelConfig, batch: Ragged, host: tuple[Tensor, Tensor], chunks: int) -> None:
+    """Plan flashinfer's fa2 kernel with at most so many CTAs for each KV head, or without splitting keys (0).
+
+    The number is what fills the device, less ``num_colocated_ctas``, the last argument, which flashinfer's own ``plan``
+    methods cannot be told. They must have been called before, since they fetch the kernels. ``host``: where each
+    sequence's new tokens and pages start, int32 [sequences + 1] each. A plan for CUDA graphs is one for decode.
+    """
+    graphs = wrapper.is_cuda_graph_enabled
+    spare = CTAS_OF_SM * _device_sms() - chunks * config.kv_heads
+    wrapper._plan_info = wrapper._cached_module.plan(
+        wrapper._float_workspace_buffer,
+        wrapper._int_workspace_buffer,
+        wrapper._pin_memory_int_workspace_buffer,
+        *host,
+        torch.from_numpy(batch.kv_lens.astype(np.int32)),
+        batch.rows,
+        len(batch.q_lens),
+        config.query_heads,
+        config.kv_heads,
+        batch.block_size,
+        graphs,
+        config.head_dim,
+        config.head_dim,
+        not graphs,  # causal, which makes no difference to a single new token
+        -1,  # no sliding window
+        -1,  # no fixed size of chunks
+        not chunks,
+        spare if chunks else 0,
+    )
+
+
 class FlashinferPrefill:
-    """Prefill batches with one kernel on one partition."""
+    """Prefill batches, or fused ones, with one kernel on one partition."""
 
     def __init__(self, config: ModelConfig, cache: PagedKvCache, workspace: Tensor, backend: str, sms: int) -> None:
         import flashinfer
@@ -218,15 +253,24 @@ class FlashinferPrefill:
         self._wrapper: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             workspace, "NHD", backend="fa2" if backend == "fa2" else "fa3"
         )
+        self._has_kernels = False
 
     def plan(self, batch: Ragged) -> None:
         """See ``AttentionPlan``."""
-        config = self._config
         q_indptr = np.concatenate(([0], np.cumsum(batch.q_lens)))
-        indptr = batch.page_indptr
+        if self._backend != "fa2" or not self._has_kernels:
+            self._plan_by_flashinfer(batch, q_indptr)
+            self._has_kernels = True
+        if self._backend == "fa2":
+            self._plan_for_partition(batch, q_indptr)
+        elif self._backend == "fa3-sized":
+            self._size(batch, q_indptr, batch.page_indptr)
+
+    def _plan_by_flashinfer(self, batch: Ragged, q_indptr: IntArray) -> None:
+        config = self._config
         self._wrapper.plan(
             _pinned(q_indptr),
-            _pinned(indptr),
+            _pinned(batch.page_indptr),
             _pinned(batch.blocks).to("cuda", non_blocking=True),
             _pinned(batch.last_page_lens),
             config.query_heads,
@@ -238,8 +282,30 @@ class FlashinferPrefill:
             seq_lens=_pinned(batch.kv_lens),
             max_token_per_sequence=int(batch.q_lens.max()),  # or flashinfer compares them one by one in Python
         )
-        if self._backend == "fa3-sized":
-            self._size(batch, q_indptr, indptr)
+
+    def _plan_for_partition(self, batch: Ragged, q_indptr: IntArray) -> None:
+        """As flashinfer's would for fa2, in a fraction of the host's time, but for where keys are split."""
+        config, wrapper = self._config, self._wrapper
+        parts = (q_indptr, batch.page_indptr, batch.last_page_lens, batch.blocks)
+        starts = np.cumsum([0, *(-(-len(part) // 64) * 64 for part in parts)]).tolist()  # multiples of 256 bytes
+        host = torch.empty(starts[-1], dtype=torch.int32, pin_memory=True)
+        for start, part in zip(starts, parts, strict=False):
+            host.numpy()[start : start + len(part)] = part
+        device = host.to("cuda", non_blocking=True)
+        views = [[of[a : a + len(part)] for a, part in zip(starts, parts, strict=False)] for of in (host, device)]
+        (
+            wrapper._qo_indptr_buf,
+            wrapper._paged_kv_indptr_buf,
+            wrapper._paged_kv_last_page_len_buf,
+            wrapper._paged_kv_indices_buf,
+        ) = views[1]
+        wrapper._qo_indptr_last = batch.rows
+        heads, kv_heads = config.query_heads, config.kv_heads
+        chunks = prefill_chunks(batch.q_lens, batch.kv_lens, heads, kv_heads, self._sms, _device_sms())
+        # float32, and the logarithm of each row's sum of exponentials
+        chunk_bytes = 4 * heads * fa2_tile_rows(batch.q_lens, heads // kv_heads) * (config.head_dim + 1)
+        most = WORKSPACE_BYTES // chunk_bytes
+        _plan_fa2(wrapper, config, batch, (views[0][0], views[0][1]), chunks if chunks <= most else 0)
 
     def _size(self, batch: Ragged, q_indptr: IntArray, kv_indptr: IntArray) -> None:
         """Deal the tiles to the partition's SMs only; raises RuntimeError when flashinfer's plan has another layout."""
@@ -275,34 +341,36 @@ class FlashinferPrefill:
 class FlashinferDecode:
     """Decode batches of one size; the arguments of ``run`` stay where they are, so that a CUDA graph can hold it."""
 
-    def __init__(self, config: ModelConfig, cache: PagedKvCache, wrapper: Any, paging: DecodePaging, rows: int) -> None:
-        import flashinfer
-
+    def __init__(
+        self, config: ModelConfig, cache: PagedKvCache, wrapper: Any, paging: DecodePaging, rows: int, sms: int
+    ) -> None:
         self._config, self._cache, self._wrapper, self._paging = config, cache, wrapper, paging
         self._host, self._device = paging.on_host(rows), paging.on_device(rows)
-        self._plan: Callable[..., None] = wrapper.plan
-        self._plan_again = partial(flashinfer.fast_decode_plan, wrapper)
+        self._q_indptr = torch.arange(rows + 1, dtype=torch.int32)
+        self._chunks = decode_chunks(rows, config.kv_heads, sms, _device_sms())
+        self._has_kernels = False
 
     def plan(self, batch: Ragged) -> None:
         """See ``AttentionPlan``. What it copies comes from pinned memory that the next ``plan`` overwrites."""
-        config, wrapper = self._config, self._wrapper
-        (indptr, last, _), (_, _, pages) = self._host, self._device
         self._paging.write(batch)
-        self._plan(
+        if not self._has_kernels:
+            self._plan_by_flashinfer(batch.block_size)
+            self._has_kernels = True
+        _plan_fa2(self._wrapper, self._config, batch, (self._q_indptr, self._host[0]), self._chunks)
+
+    def _plan_by_flashinfer(self, block_size: int) -> None:
+        """Of what was written to the paging last."""
+        config, (indptr, last, _), (_, _, pages) = self._config, self._host, self._device
+        self._wrapper.plan(
             indptr,
             pages,
             last,
             config.query_heads,
             config.kv_heads,
             config.head_dim,
-            batch.block_size,
+            block_size,
             q_data_type=getattr(torch, config.dtype),
         )
-        # The first also fetches the kernels, copies what is there already, and finds the longest sequence by comparing
-        # them as tensors in Python, which for 256 takes the host half a millisecond.
-        self._plan = self._plan_again
-        # Which leaves the host's where the kernels are to find the device's.
-        wrapper._paged_kv_indptr_buf, wrapper._paged_kv_last_page_len_buf, wrapper._paged_kv_indices_buf = self._device
 
     def run(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         """See ``AttentionPlan``."""

@@ -45,8 +45,8 @@ class Engine:
         self._pieces = Pieces(model, device, captured_tokens)
         self._prefill_plans: dict[int, AttentionPlan] = {}
         self._mixed_plan: AttentionPlan | None = None
-        self._decode_plans: dict[int, AttentionPlan] = {}
-        self._decode_steps: dict[tuple[Stream, int], Callable[[], None]] = {}
+        self._decode_plans: dict[tuple[int, int], AttentionPlan] = {}
+        self._decode_steps: dict[tuple[Stream, int, int], Callable[[], None]] = {}
 
     def prefill_plan(self, sms: int) -> AttentionPlan:
         """Prefill attention on a partition of so many SMs."""
@@ -64,26 +64,27 @@ class Engine:
             self._mixed_plan = self._attention.mixed()
         return self._mixed_plan
 
-    def decode_plan(self, rows: int) -> AttentionPlan:
-        """Decode attention of so many rows."""
-        if rows not in self._decode_plans:
-            self._decode_plans[rows] = self._attention.decode(rows)
-        return self._decode_plans[rows]
+    def decode_plan(self, rows: int, sms: int) -> AttentionPlan:
+        """Decode attention of so many rows on a partition of so many SMs."""
+        key = rows, sms
+        if key not in self._decode_plans:
+            self._decode_plans[key] = self._attention.decode(rows, sms)
+        return self._decode_plans[key]
 
-    def decode_step(self, stream: Stream, rows: int) -> Callable[[], None]:
-        """What enqueues a step of so many rows on the stream, once they are planned.
+    def decode_step(self, stream: Stream, rows: int, sms: int) -> Callable[[], None]:
+        """What enqueues a step of so many rows on the stream of a partition, once they are planned.
 
         Made when it is first asked for, which overwrites ``decode_buffers``.
         """
-        key = stream, rows
+        key = stream, rows, sms
         if key not in self._decode_steps:
-            self._decode_steps[key] = self._make_decode_step(stream, rows)
+            self._decode_steps[key] = self._make_decode_step(stream, rows, sms)
         return self._decode_steps[key]
 
-    def _make_decode_step(self, stream: Stream, rows: int) -> Callable[[], None]:
+    def _make_decode_step(self, stream: Stream, rows: int, sms: int) -> Callable[[], None]:
         model = self.model
         with stream.use():  # on which what the plan is made of is ready then
-            plan = self.decode_plan(rows)
+            plan = self.decode_plan(rows, sms)
         tokens, positions, slots = self.decode_buffers[:, :rows]
 
         def step() -> None:
@@ -112,7 +113,7 @@ class Engine:
         stream = self.device.stream(Phase.DECODE, at)
         sizes = {decode_rows(n + 1, self.max_num_seqs) for n in range(self.max_num_seqs)}
         for rows in sorted(sizes, reverse=True):  # the memory of the largest is enough for the others
-            self.decode_step(stream, rows)
+            self.decode_step(stream, rows, at.decode_sms)
         stream = self.device.stream(Phase.PREFILL, at)
         most = self._pieces.most
         padded = {prefill_rows(n + 1, most) for n in range(min(prefill_tokens, most))}

@@ -207,7 +207,8 @@ class DecodeFlight(Flight):
         self._engine, self._sequences, self._left = engine, sequences, left
         n = len(run.requests)
         rows = decode_rows(n, engine.max_num_seqs)
-        self._step, self._plan = engine.decode_step(self._stream, rows), engine.decode_plan(rows)
+        sms = run.allocation.decode_sms
+        self._step, self._plan = engine.decode_step(self._stream, rows, sms), engine.decode_plan(rows, sms)
         self._ids = [request.id for request in run.requests]
         self._histories = [sequences.history(request) for request in run.requests]
         self._cached, self._ones = np.array(run.context_lens), np.ones(rows, np.int64)

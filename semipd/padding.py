@@ -14,8 +14,9 @@ SLOW_ROWS = (448,)
 
 
 def decode_rows(sequences: int, most: int) -> int:
-    """Rows of a decode batch: 1, 2, 4, then multiples of 8, at most ``most``."""
-    return min(most, sequences if sequences <= 2 else 4 if sequences <= 4 else -(-sequences // 8) * 8)
+    """Rows of a decode batch: 1, 2, 4, multiples of 8 up to 32, then of 16, at most ``most``."""
+    step = 8 if sequences <= 32 else 16
+    return min(most, sequences if sequences <= 2 else 4 if sequences <= 4 else -(-sequences // step) * step)
 
 
 def prefill_rows(tokens: int, most: int = MOST_PREFILL_ROWS) -> int:

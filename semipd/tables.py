@@ -264,8 +264,17 @@ def _surface(
     return knots, seconds_axis, rows
 
 
+ONE_MORE = 1.125
+
+
 def _stairs(along: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Knots of a spine measured at ``along``, between which it is linear, and the size that each counts as."""
+    """Knots of a spine measured at ``along``, between which it is linear, and the size that each counts as.
+
+    What is measured within ``ONE_MORE`` beyond the last size counts as one: the first batch that is not padded takes
+    another tile as well.
+    """
+    if sizes and (beyond := [x for x in along if sizes[-1] < x <= sizes[-1] * ONE_MORE]):
+        sizes = (*sizes, beyond[0])
     last = sizes[-1] if sizes else 0
     edges = {x for x in (*sizes, *along) if along[0] <= x < along[-1] and x <= last}
     knots = sorted({*along, *edges, *(x + 1 for x in edges)})

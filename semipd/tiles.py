@@ -1,4 +1,4 @@
-"""Dealing the tiles of a persistent attention kernel to the CTAs of a partition; no torch, no GPU."""
+"""How the attention of a batch is cut for a partition: tiles dealt to CTAs, and keys split; no torch, no GPU."""
 
 from __future__ import annotations
 
@@ -47,3 +47,68 @@ def balance(seq_tokens: list[int], kv_lens: list[int], heads: int, group: int, c
     flat = np.array([entry for entries in dealt for entry in entries], dtype=np.int64).reshape(-1, 3)
     indptr = np.cumsum([0, *(len(entries) for entries in dealt)])
     return TileList(flat[:, 0], flat[:, 1], flat[:, 2], indptr)
+
+
+CTAS_OF_SM = 2
+"""Of flashinfer's fa2 kernels that an SM runs at once."""
+
+MERGE_KEYS, MERGE_ROW_KEYS = 400, 4.8
+"""What it costs to merge partial results, and each query head's row of them on one SM: a CTA's time for so many keys.
+
+Measured on an H200 (docs/results/split-kv.md), and so is ``LONE``.
+"""
+
+LONE = 0.8
+"""Share of its time that a tile takes when few others run beside it."""
+
+
+def fa2_tile_rows(q_lens: IntArray, group: int) -> int:
+    """Rows of a tile of flashinfer's fa2 kernel, which has one for each token and each of ``group`` query heads."""
+    rows = int(q_lens.sum()) * group // len(q_lens)
+    return 128 if rows > 64 else 64 if rows > 16 else 16
+
+
+def decode_chunks(sequences: int, kv_heads: int, sms: int, device_sms: int) -> int:
+    """Into how many CTAs for each KV head a decode batch may be cut.
+
+    flashinfer's own plan makes as many as fill the device once: so from 33 sequences on (8 KV heads on 132 SMs) it
+    splits none, and the longest one keeps its SMs. Here there is a wave more, for the partition.
+    """
+    wave = CTAS_OF_SM * device_sms // kv_heads
+    return wave if 4 * sequences <= 3 * wave else sequences + max(1, CTAS_OF_SM * sms // kv_heads)
+
+
+def prefill_chunks(
+    q_lens: IntArray, kv_lens: IntArray, query_heads: int, kv_heads: int, sms: int, device_sms: int
+) -> int:
+    """Into how many CTAs for each KV head fa2 may cut a causal batch by splitting keys; 0 when it should not.
+
+    A CTA computes a tile of queries over all of their keys, and an SM holds ``CTAS_OF_SM``. Splitting the keys evens
+    out what CTAs have to do, but partial results have to be written and merged, for every row. flashinfer's own plan
+    splits whenever there are fewer tiles than a wave on the whole device. Here it has to pay: the time of the
+    partition's waves, or until a long tile of the head that comes last is over, against even shares and merging.
+
+    Args:
+        q_lens: New tokens of each sequence, shape [sequences]; so many of its ``kv_lens``.
+        kv_lens: All tokens of each sequence, shape [sequences].
+        query_heads: Of the model.
+        kv_heads: Of the model.
+        sms: Of the partition.
+        device_sms: Of the whole device, for which flashinfer plans.
+    """
+    group = query_heads // kv_heads
+    rows = fa2_tile_rows(q_lens, group)
+    of_each = -(-q_lens * group // rows)
+    tiles = int(of_each.sum())
+    nth = np.arange(tiles) - np.repeat(np.cumsum(of_each) - of_each, of_each)
+    seen = np.repeat(kv_lens - q_lens, of_each) + -(-(nth + 1) * rows // group)
+    keys = np.minimum(seen, np.repeat(kv_lens, of_each))
+    slots = CTAS_OF_SM * sms / kv_heads
+    even, longest = float(keys.sum()) / slots, int(keys.max())
+    last_head = max(0.0, 1 - 1 / kv_heads - slots / tiles) * even
+    merging = MERGE_KEYS + int(q_lens.sum()) * query_heads * MERGE_ROW_KEYS / sms
+    if max(even, last_head + LONE * longest) - even <= merging:
+        return 0
+    wave = CTAS_OF_SM * device_sms // kv_heads
+    alike = longest * tiles <= 2 * int(keys.sum())
+    return wave if alike and 4 * tiles <= 3 * wave else tiles + round(2 * slots)

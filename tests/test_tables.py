@@ -23,7 +23,7 @@ from semipd.tables import Tables
 
 DEVICE, LAYERS = 32, 4
 WHOLE = Allocation(Mode.EXCLUSIVE, DEVICE, DEVICE)
-SPINE_BATCHES = (1, 2, 4, 8, 16, 24, 40, 48, 64)
+SPINE_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 SPINE_TOKENS = (16, 48, 64, 112, 160, 256, 512, 640, 2048, 3072, 8192)
 COARSE_BATCHES, KV_TOKENS = (1, 16, 64), (512, 4096, 65536)
 COARSE_TOKENS, CONTEXTS = (16, 256, 8192), (64, 1024, 8192)
@@ -70,12 +70,15 @@ def prefill_table() -> list[PrefillPoint]:
 
 
 def model(
-    decode: list[DecodePoint] | None = None, mixed: list[MixedPoint] | None = None, padded: Padded | None = None
+    decode: list[DecodePoint] | None = None,
+    mixed: list[MixedPoint] | None = None,
+    padded: Padded | None = None,
+    prefill: list[PrefillPoint] | None = None,
 ) -> TableCost:
     """The tables above on the whole device; elsewhere a full rectangle without stairs."""
     parts = [8, 16, 24]
     tables = Tables.of(
-        [*prefill_points(parts), *prefill_table()], [*decode_points(parts), *(decode or decode_table())],
+        [*prefill_points(parts), *(prefill or prefill_table())], [*decode_points(parts), *(decode or decode_table())],
         hybrid_points(parts), mixed or (), device_sms=DEVICE, layers=LAYERS, padded=padded or Padded(),
     )  # fmt: skip
     return TableCost(tables)
@@ -150,6 +153,19 @@ def test_sizes_are_those_that_the_executor_pads_to() -> None:
 def test_above_the_last_size_nothing_is_padded() -> None:
     between = (prefill_stair_ms(3072) + prefill_stair_ms(8192)) / 2
     assert prefill_ms(model(padded=SIZES), (3072 + 8192) // 2, 64) == pytest.approx(between, rel=1e-12)
+
+
+def test_a_point_right_beyond_the_last_size_is_one_more_stair() -> None:
+    """Of 1,024: the first batch that is not padded takes another tile, too."""
+    found = {}
+    for extra in (1088, 1216):
+        table = [*prefill_table(), *(prefill_point(t, CONTEXTS[0], t) for t in (1024, extra))]
+        cost = model(prefill=table, padded=SIZES)
+        assert prefill_ms(cost, 1024, 64) == pytest.approx(prefill_stair_ms(1024), rel=1e-12)
+        assert prefill_ms(cost, extra, 64) == pytest.approx(prefill_stair_ms(extra), rel=1e-12)
+        found[extra] = prefill_ms(cost, 1025, 64)
+    assert found[1088] == pytest.approx(prefill_stair_ms(1088), rel=1e-12)
+    assert found[1216] < prefill_stair_ms(1088)  # too far: it is on a line
 
 
 def test_a_spine_that_goes_beyond_the_coarse_rectangle_is_a_hole_in_it() -> None:

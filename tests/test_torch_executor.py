@@ -448,8 +448,8 @@ def test_a_decode_step_is_planned_when_what_the_last_plan_was_copied_from_is_fre
             self.mark = len(stream.marks)
 
     class Attention(TorchAttention):
-        def decode(self, rows: int) -> OnePinnedBuffer:
-            del rows
+        def decode(self, rows: int, sms: int) -> OnePinnedBuffer:
+            del rows, sms
             return OnePinnedBuffer(kv)
 
     kv = PagedKvCache(TINY, 40, 4, "cpu")
@@ -470,8 +470,8 @@ def test_a_decode_step_reads_the_blocks_that_its_tokens_are_in_and_no_others() -
             super().plan(batch)
 
     class Attention(TorchAttention):
-        def decode(self, rows: int) -> Kept:
-            del rows
+        def decode(self, rows: int, sms: int) -> Kept:
+            del rows, sms
             return Kept(kv)
 
     kv = PagedKvCache(TINY, 40, 4, "cpu")
@@ -498,9 +498,9 @@ def test_preparing_leaves_no_trace() -> None:
 
 def test_padded_batches_have_few_rows_to_spare() -> None:
     for n in range(1, 300):
-        assert n <= decode_rows(n, 300) <= max(n + 7, 4)
+        assert n <= decode_rows(n, 300) <= max(n + (7 if n <= 32 else 15), 4)
         assert decode_rows(n, n) == n
-    assert len({decode_rows(n, 256) for n in range(1, 257)}) == 35
+    assert len({decode_rows(n, 256) for n in range(1, 257)}) == 21
     for n in range(1, 1025):
         assert n <= prefill_rows(n) < n + max(16, n / 3)
         assert prefill_rows(prefill_rows(n)) == prefill_rows(n)

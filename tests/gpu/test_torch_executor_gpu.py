@@ -67,7 +67,15 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3", "fa3-sized"])
-@pytest.mark.parametrize(("new", "context"), [([1000], [0]), ([5, 300, 1, 64], [100, 0, 777, 31]), ([1], [0])])
+@pytest.mark.parametrize(
+    ("new", "context"),
+    [
+        ([1000], [0]),
+        ([5, 300, 1, 64], [100, 0, 777, 31]),
+        ([1], [0]),
+        ([40, 16], [4000, 1000]),
+    ],  # keys of the last: split
+)
 def test_prefill_attention_is_that_of_plain_torch(
     backend: str, new: list[int], context: list[int], cache: PagedKvCache
 ) -> None:
@@ -84,25 +92,32 @@ def test_prefill_attention_is_that_of_plain_torch(
 
 
 def test_attention_of_a_fused_batch_is_that_of_plain_torch(cache: PagedKvCache) -> None:
-    ragged = batch([1, 1, 1, 300, 64], [1000, 5, 333, 0, 100])
-    q = torch.randn(ragged.rows, 4, 128, device="cuda", dtype=torch.bfloat16)
     plans = [attention.mixed() for attention in (TorchAttention(cache), FlashinferAttention(MODEL, cache, 8))]
-    for plan in plans:
-        plan.plan(ragged)
-    expected, found = (plan.run(2, q) for plan in plans)
-    assert close(found, expected)
+    for new, context in (
+        ([1, 1, 1, 300, 64], [1000, 5, 333, 0, 100]),
+        ([1, 1, 20], [6000, 5, 0]),
+    ):  # keys split: second
+        ragged = batch(new, context)
+        q = torch.randn(ragged.rows, 4, 128, device="cuda", dtype=torch.bfloat16)
+        for plan in plans:
+            plan.plan(ragged)
+        expected, found = (plan.run(2, q) for plan in plans)
+        assert close(found, expected)
 
 
 def test_decode_attention_is_that_of_plain_torch_and_follows_the_last_plan(cache: PagedKvCache) -> None:
-    flashinfer = FlashinferAttention(MODEL, cache, 8)
-    plans = {rows: flashinfer.decode(rows) for rows in (4, 8)}
-    for context in ([100, 0, 2000, 17], [1, 2, 3, 4, 500, 600, 700, 800], [2500, 15, 16, 17]):
+    flashinfer = FlashinferAttention(MODEL, cache, 160)
+    plans = {(rows, sms): flashinfer.decode(rows, sms) for rows in (4, 8, 160) for sms in (132, 20)}
+    long = [0] * 159 + [6000]  # more sequences than fill the device once, one of them long: its keys are split
+    for context in ([100, 0, 2000, 17], [1, 2, 3, 4, 500, 600, 700, 800], long, [2500, 15, 16, 17]):
         ragged = batch([1] * len(context), context)
         q = torch.randn(ragged.rows, 4, 128, device="cuda", dtype=torch.bfloat16)
-        reference, plan = TorchAttention(cache).decode(ragged.rows), plans[ragged.rows]
+        reference = TorchAttention(cache).decode(ragged.rows, 132)
         reference.plan(ragged)
-        plan.plan(ragged)
-        assert close(plan.run(1, q), reference.run(1, q))
+        for sms in (132, 20):
+            plan = plans[ragged.rows, sms]
+            plan.plan(ragged)
+            assert close(plan.run(1, q), reference.run(1, q))
 
 
 def test_fused_operations_are_those_of_plain_torch() -> None:
