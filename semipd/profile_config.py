@@ -65,13 +65,15 @@ class ProfileConfig(Strict):
     prefill_sms: Axis = (16, 32, 48, 64, 80, 96, 112)
     capped_sms: tuple[Positive, ...] = (64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
-    prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 1024, 4096, 8192), mean_context=(64, 1024, 16384, 32768))
+    prefill: PrefillAxes = PrefillAxes(
+        tokens=(16, 64, 128, 256, 512, 1024, 4096, 8192), mean_context=(64, 1024, 4096, 16384, 32768)
+    )
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 8, 24, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = decode_sizes(256)
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 256), kv_tokens=(512, 524288))
-    both_more: More = More(tokens=(96, 256, 1408), batch=(32, 96), kv_tokens=(131072,))
+    both_more: More = More(tokens=(96, 1920), batch=(32, 96))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03
     warmup_s: NotNegative = 5.0
