@@ -73,21 +73,14 @@ def timed(stream: Any, layer: Callable[[], object], layers: int) -> float:
     return float(np.median(times[1:]))
 
 
-def main(
-    model: Annotated[Path, typer.Option(help="YAML file as in configs/models.")],
-    sms: Annotated[list[int], typer.Option(help="SMs of partitions; 0: the whole device.")] = [0, 64],  # noqa: B006 - typer copies
-    blocks: Annotated[int, typer.Option(help="KV blocks of 16 tokens, of one layer.")] = 40000,
-    layers: Annotated[int, typer.Option(help="Of a CUDA graph.")] = 6,
-) -> None:
-    """Print a line for every batch and partition, and the ratio of both plans."""
-    config = load(model, ModelConfig).model_copy(update={"layers": 1})
-    bank = PartitionBank(0, prefill_sms=[n for n in sms if n])
+def measure(config: ModelConfig, bank: PartitionBank, sms: list[int], blocks: int, layers: int) -> None:
+    """Print the lines. All tensors that streams of the bank have used are gone when it returns."""
     cache = PagedKvCache(config, blocks, BLOCK, "cuda")
     cache.randomise(0)
     order = np.random.default_rng(0).permutation(blocks)
     attention = FlashinferAttention(config, cache, 256)
     whole = torch.cuda.get_device_properties("cuda").multi_processor_count
-    print(f"{model.stem}: us of a layer's attention\n{'':8} {'':34} {'SMs':>4} {'flashinfer':>10} {'semipd':>8} ratio")
+    print(f"{'':8} {'':34} {'SMs':>4} {'flashinfer':>10} {'semipd':>8} ratio")
     for n in sms:
         partition, at = (bank.pick(n).prefill, n) if n else (bank.whole_normal, whole)
         stream = torch.cuda.ExternalStream(partition.stream)
@@ -107,6 +100,21 @@ def main(
                         plan._plan_by_flashinfer(batch, np.concatenate(([0], np.cumsum(batch.q_lens))))
                     found.append(timed(stream, lambda plan=plan, q=q, out=out: plan.run(0, q, out), layers))
             print(f"{kind:8} {name:34} {at:>4} {found[0]:>10.1f} {found[1]:>8.1f} {found[0] / found[1]:>5.2f}")
+    torch.cuda.synchronize()
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="YAML file as in configs/models.")],
+    sms: Annotated[list[int], typer.Option(help="SMs of partitions; 0: the whole device.")] = [0, 64],  # noqa: B006 - typer copies
+    blocks: Annotated[int, typer.Option(help="KV blocks of 16 tokens, of one layer.")] = 40000,
+    layers: Annotated[int, typer.Option(help="Of a CUDA graph.")] = 6,
+) -> None:
+    """Print a line for every batch and partition, and the ratio of both plans."""
+    config = load(model, ModelConfig).model_copy(update={"layers": 1})
+    bank = PartitionBank(0, prefill_sms=[n for n in sms if n])
+    print(f"{model.stem}: us of a layer's attention")
+    measure(config, bank, sms, blocks, layers)
+    torch.cuda.empty_cache()  # or what is freed later would be marked on streams that are gone
     bank.close()
 
 

@@ -134,7 +134,7 @@ def areas_of(config: ProfileConfig, device_sms: int) -> dict[Area, Rectangle]:
     for at in sorted(ways, key=lambda at: (at.mode is not Mode.SPLIT, abs(at.prefill_sms - device_sms / 2))):
         found[Area("hybrid", at)] = both
     spines = {"prefill": config.prefill_spine, "decode": config.decode_spine}
-    more = dict.fromkeys(("hybrid", "mixed"), config.both_more.values)
+    more = {"hybrid": config.both_more.values, "mixed": config.mixed_more.values}
     return {
         area: _rectangle(area.table, values, spines.get(area.table, ()), more.get(area.table))
         for area, values in found.items()
@@ -199,8 +199,10 @@ def fitting(config: ProfileConfig, num_blocks: int) -> ProfileConfig:
         return axes.model_copy(update={"kv_tokens": kept})
 
     basic = config.both_decode
-    asked = zip((*config.both_prefill.values, *basic.values), config.both_more.values, strict=True)
-    tokens, contexts, _, kv_tokens = ((*values, *_between(values, more)) for values, more in asked)
+    asked = zip(
+        (*config.both_prefill.values, *basic.values), config.both_more.values, config.mixed_more.values, strict=True
+    )
+    tokens, contexts, _, kv_tokens = ((*values, *_between(values, (*more, *fused))) for values, more, fused in asked)
     works = [PrefillWork.at(t, m) for t in tokens for m in contexts]
     every = room(basic.model_copy(update={"kv_tokens": kv_tokens}), works).kv_tokens
     # The most KV tokens for which there is room are basic: what is beyond the ends of these is left out.

@@ -50,8 +50,9 @@ class ProfileConfig(Strict):
     ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
     ``decode``: each phase alone. ``prefill_spine``, ``decode_spine``: more tokens and batches, measured at the least
     mean context and KV tokens only. ``both_prefill``, ``both_decode``: both at once; ``both_more``: other values of any
-    of these, each with all of the others' (a sparse grid); none where other basic values than the defaults are given.
-    Of a spine and of ``both_more``, what is not between the ends is left out. From there on, values are added where the
+    of these, each with all of the others' (a sparse grid); ``mixed_more``: the same for fused batches. Their defaults
+    go with those of the basic values: where other ones are given, ``both_more`` has none, and ``mixed_more`` is as it.
+    Of a spine and of these, what is not between the ends is left out. From there on, values are added where the
     cost model errs by more than ``tolerance``, as time allows; KV tokens that do not fit into memory are left out.
     ``backends``: attention kernels that prefill may use, of which the fastest is taken on each partition.
 
@@ -74,6 +75,7 @@ class ProfileConfig(Strict):
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 256), kv_tokens=(512, 524288))
     both_more: More = More(tokens=(96, 1920), batch=(32, 96))
+    mixed_more: More = More(tokens=(96, 1024, 1920), mean_context=(4096,), batch=(32, 96), kv_tokens=(32768, 131072))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03
     warmup_s: NotNegative = 5.0
@@ -95,9 +97,9 @@ class ProfileConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _more_of_what(cls, data: Any) -> Any:
-        """The default of ``both_more`` goes with those of the basic values."""
+        """The defaults of ``both_more`` and ``mixed_more`` go with those of the basic values."""
         own = isinstance(data, dict) and ("both_prefill" in data or "both_decode" in data)
-        return {"both_more": {}} | data if own else data
+        return {"both_more": {}, "mixed_more": data.get("both_more", {})} | data if own else data
 
     @model_validator(mode="after")
     def _can_run(self) -> ProfileConfig:

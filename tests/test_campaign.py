@@ -334,7 +334,7 @@ def test_kv_tokens_without_room_are_left_out() -> None:
 
 def test_more_values_of_both_phases_are_measured_one_at_a_time_with_all_of_the_others() -> None:
     more = More(tokens=(128, 4096, 9999), batch=(16,))  # of which two are not between the ends
-    areas = areas_of(CONFIG.model_copy(update={"both_more": more}), 32)
+    areas = areas_of(CONFIG.model_copy(update={"both_more": more, "mixed_more": more}), 32)
     for area, plain in areas_of(CONFIG, 32).items():
         added = set(areas[area].places()) - set(plain.places())
         tokens, contexts, batches, kv = plain.values if len(plain.values) == 4 else ((), (), (), ())
@@ -434,6 +434,11 @@ def test_the_most_kv_tokens_that_fit_are_the_end_of_those_measured_of_both_phase
         assert hybrid.along(3) == tuple(x for x in (512, 4096, 16384, 65536) if x <= kv[-1])
 
 
+def test_on_a_device_with_less_memory_the_defaults_still_have_many_kv_tokens_beside_prefill() -> None:
+    room_for = 400_000 // ProfileConfig().block_size  # tokens, as on a device of 80 GB
+    assert fitting(ProfileConfig(), room_for).both_decode.kv_tokens == (512, 131072)
+
+
 def test_more_values_beyond_the_ends_are_left_out_whatever_they_are() -> None:
     config = CONFIG.model_copy(update={"both_more": More(tokens=(9999,), mean_context=(8192,), kv_tokens=(131072,))})
     assert fitting(config, 10**6).both_decode == CONFIG.both_decode
@@ -443,14 +448,25 @@ def test_more_values_beyond_the_ends_are_left_out_whatever_they_are() -> None:
 def test_prompts_that_cannot_be_dealt_are_refused_before_anything_is_measured() -> None:
     with pytest.raises(InputError, match="tokens 250: found no"):
         fitting(CONFIG.model_copy(update={"both_more": More(tokens=(250,))}), 10**6)
+    with pytest.raises(InputError, match="tokens 250: found no"):
+        fitting(CONFIG.model_copy(update={"mixed_more": More(tokens=(250,))}), 10**6)
 
 
 def test_more_values_go_with_the_basic_ones_that_they_were_chosen_for() -> None:
     assert any(ProfileConfig().both_more.values)
+    assert any(ProfileConfig().mixed_more.values)
     both = {"tokens": [16, 64], "mean_context": [64]}
     assert not any(build({"both_prefill": both}, ProfileConfig, "test").both_more.values)
     given = {"both_prefill": both, "both_more": {"tokens": [32]}}
-    assert build(given, ProfileConfig, "test").both_more.tokens == (32,)
+    for name in ("both_more", "mixed_more"):
+        assert not any(getattr(build({"both_prefill": both}, ProfileConfig, "test"), name).values)
+        assert getattr(build(given, ProfileConfig, "test"), name).tokens == (32,)
+    assert build(given | {"mixed_more": {"batch": [9]}}, ProfileConfig, "test").mixed_more == More(batch=(9,))
+    fused = {"mixed_more": {"batch": [24]}}
+    rectangles = areas_of(build(fused, ProfileConfig, "test"), 132)
+    for area, rectangle in rectangles.items():
+        if area.table in ("hybrid", "mixed"):
+            assert (24 in rectangle.along(2)) == (area.table == "mixed")
 
 
 def test_areas_are_phases_alone_first_and_the_most_even_split_before_the_others() -> None:

@@ -280,6 +280,38 @@ def test_a_load_settles_from_when_every_phase_was_fed(phase: Phase) -> None:
     assert steps[True][1] >= steps[False][1] + 0.045
 
 
+class HeldUp(PassingOn):
+    """Steps that end in the second half of every so many seconds, up to some time, take three times as long."""
+
+    def __init__(self, to: SimExecutor, every_s: float, until_s: float) -> None:
+        super().__init__(to)
+        self.every_s, self.until_s = every_s, until_s
+
+    def wait(self, until_s: float | None) -> list[StepRecord]:
+        found = []
+        for record in self.to.wait(until_s):
+            ends_s = np.asarray(record.ends_s)
+            held = (ends_s < self.until_s) & (ends_s % self.every_s > self.every_s / 2)
+            times_s = np.diff(ends_s, prepend=record.start_s) * np.where(held, 3.0, 1.0)
+            found.append(replace(record, ends_s=record.start_s + np.cumsum(times_s)))
+        return found
+
+
+def test_what_varies_a_lot_is_measured_again_for_twice_as_long_and_the_steadier_counts() -> None:
+    decode = Decodes((100, 200, 4000))
+    took_s = {}
+    for until_s in (0.0, 0.06, 1e9):
+        inner = SimExecutor(TRUTH, Overheads())
+        held_up = HeldUp(inner, 0.05, until_s)
+        stopwatch = Stopwatch(held_up, TRUTH.layers, settle_s=0.01, measure_s=0.05, limit_s=0.05)
+        found = stopwatch.decode(decode, AT)
+        took_s[until_s] = inner.now()
+        if until_s < 1:
+            assert found.median_ms == pytest.approx(decode_layer_ms(decode, AT), rel=0.01)
+    assert took_s[0.06] > 2.5 * took_s[0.0]  # once more, for twice as long
+    assert took_s[1e9] < 3.5 * took_s[0.0]  # and no oftener, however much it varies
+
+
 def test_a_whole_run_is_timed_with_what_the_host_does_before_its_first_step() -> None:
     batch = Prompts((64, 300), (0, 500))
     layer_s = TRUTH.prefill_s(batch.shape, AT, None)[0]
