@@ -127,7 +127,8 @@ def activation_bytes(config: ModelConfig, tokens: int, sequences: int) -> int:
 GRAPHS_BYTES = 28 << 20
 """Left for each layer's CUDA graphs on a partition, and cuBLAS's workspaces, of which it has one for each stream.
 
-On an H200, a layer of Llama-3-8B took 10 to 12 MiB for 35 sizes of decode, and 19 MiB for 24 of prefill; there are 20.
+On an H200, a layer of Llama-3-8B took 10 to 12 MiB for 35 sizes of decode, and 19 MiB for 24 of prefill; there are 21
+and 20 now.
 """
 
 
