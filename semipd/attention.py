@@ -16,10 +16,11 @@ from torch import Tensor
 from semipd.core import IntArray
 from semipd.model_config import ModelConfig
 from semipd.paged_kv import PagedKvCache, Ragged
-from semipd.tiles import CTAS_OF_SM, balance, decode_chunks, fa2_tile_rows, prefill_chunks
+from semipd.tiles import CTAS_OF_SM, balance, decode_chunks, decode_workspace_bytes, prefill_chunks
 
 BACKENDS = ("fa2", "fa3", "fa3-sized")
-WORKSPACE_BYTES = 384 << 20  # partial results of split keys: for 182 CTAs of 32 heads, each of them of 128 rows
+PREFILL_WORKSPACE_BYTES = 640 << 20
+"""For partial results of split keys: of 316 tiles of 128 rows, 32 heads; 4,096 tokens and 96 sequences need 290."""
 
 
 class AttentionPlan(Protocol):
@@ -133,7 +134,8 @@ class FlashinferAttention:
         prefill_backend: Callable[[int], str] = lambda sms: "fa2",  # noqa: ARG005 - whatever the size
     ) -> None:
         self._config, self._cache, self._prefill_backend = config, cache, prefill_backend
-        self._workspaces = [torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
+        sizes = PREFILL_WORKSPACE_BYTES, _decode_workspace_bytes(config, max_num_seqs)
+        self._workspaces = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in sizes]
         self._paging = DecodePaging(max_num_seqs, cache.num_blocks + max_num_seqs, "cuda")
         self._decode_ints: tuple[Tensor, Tensor] | None = None
 
@@ -206,6 +208,16 @@ def _pinned(array: IntArray) -> Tensor:
 
 def _device_sms() -> int:
     return int(torch.cuda.get_device_properties("cuda").multi_processor_count)
+
+
+def _decode_workspace_bytes(config: ModelConfig, max_num_seqs: int) -> int:
+    shape = config.query_heads, config.kv_heads, config.head_dim
+    return decode_workspace_bytes(max_num_seqs, *shape, _device_sms())
+
+
+def flashinfer_workspace_bytes(config: ModelConfig, max_num_seqs: int) -> int:
+    """What ``FlashinferAttention`` takes of the device's memory for partial results."""
+    return PREFILL_WORKSPACE_BYTES + _decode_workspace_bytes(config, max_num_seqs)
 
 
 def _plan_fa2(wrapper: Any, config: ModelConfig, batch: Ragged, host: tuple[Tensor, Tensor], chunks: int) -> None:
@@ -300,12 +312,10 @@ class FlashinferPrefill:
             wrapper._paged_kv_indices_buf,
         ) = views[1]
         wrapper._qo_indptr_last = batch.rows
-        heads, kv_heads = config.query_heads, config.kv_heads
-        chunks = prefill_chunks(batch.q_lens, batch.kv_lens, heads, kv_heads, self._sms, _device_sms())
-        # float32, and the logarithm of each row's sum of exponentials
-        chunk_bytes = 4 * heads * fa2_tile_rows(batch.q_lens, heads // kv_heads) * (config.head_dim + 1)
-        most = WORKSPACE_BYTES // chunk_bytes
-        _plan_fa2(wrapper, config, batch, (views[0][0], views[0][1]), chunks if chunks <= most else 0)
+        shape = config.query_heads, config.kv_heads, config.head_dim
+        room = PREFILL_WORKSPACE_BYTES - (1 << 20)  # each of its parts is aligned
+        chunks = prefill_chunks(batch.q_lens, batch.kv_lens, *shape, self._sms, _device_sms(), room)
+        _plan_fa2(wrapper, config, batch, (views[0][0], views[0][1]), chunks)
 
     def _size(self, batch: Ragged, q_indptr: IntArray, kv_indptr: IntArray) -> None:
         """Deal the tiles to the partition's SMs only; raises RuntimeError when flashinfer's plan has another layout."""

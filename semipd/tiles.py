@@ -62,10 +62,27 @@ LONE = 0.8
 """Share of its time that a tile takes when few others run beside it."""
 
 
-def fa2_tile_rows(q_lens: IntArray, group: int) -> int:
+def fa2_tile_rows(q_lens: IntArray, group: int, head_dim: int) -> int:
     """Rows of a tile of flashinfer's fa2 kernel, which has one for each token and each of ``group`` query heads."""
     rows = int(q_lens.sum()) * group // len(q_lens)
-    return 128 if rows > 64 else 64 if rows > 16 else 16
+    return 128 if rows > 64 and head_dim < 256 else 64 if rows > 16 else 16
+
+
+def partial_bytes(query_heads: int, rows: int, head_dim: int) -> int:
+    """What flashinfer's planner sets aside for the results of as many CTAs as there are KV heads, of so many rows each.
+
+    In float32, with the logarithm of each row's sum of exponentials.
+    """
+    return 4 * query_heads * rows * (head_dim + 1)
+
+
+def decode_workspace_bytes(sequences: int, query_heads: int, kv_heads: int, head_dim: int, device_sms: int) -> int:
+    """For decode plans of at most so many sequences; with CUDA graphs they have some more tiles than sequences."""
+    group = query_heads // kv_heads
+    rows = fa2_tile_rows(np.ones(1, np.int64), group, head_dim)
+    tiles = -(-sequences * group // rows) + sequences - 1
+    chunks = max(tiles, decode_chunks(sequences, kv_heads, device_sms, device_sms))
+    return (1 << 20) + chunks * partial_bytes(query_heads, rows, head_dim)
 
 
 def decode_chunks(sequences: int, kv_heads: int, sms: int, device_sms: int) -> int:
@@ -79,7 +96,14 @@ def decode_chunks(sequences: int, kv_heads: int, sms: int, device_sms: int) -> i
 
 
 def prefill_chunks(
-    q_lens: IntArray, kv_lens: IntArray, query_heads: int, kv_heads: int, sms: int, device_sms: int
+    q_lens: IntArray,
+    kv_lens: IntArray,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    sms: int,
+    device_sms: int,
+    workspace_bytes: int,
 ) -> int:
     """Into how many CTAs for each KV head fa2 may cut a causal batch by splitting keys; 0 when it should not.
 
@@ -93,11 +117,13 @@ def prefill_chunks(
         kv_lens: All tokens of each sequence, shape [sequences].
         query_heads: Of the model.
         kv_heads: Of the model.
+        head_dim: Of the model.
         sms: Of the partition.
         device_sms: Of the whole device, for which flashinfer plans.
+        workspace_bytes: For partial results.
     """
     group = query_heads // kv_heads
-    rows = fa2_tile_rows(q_lens, group)
+    rows = fa2_tile_rows(q_lens, group, head_dim)
     of_each = -(-q_lens * group // rows)
     tiles = int(of_each.sum())
     nth = np.arange(tiles) - np.repeat(np.cumsum(of_each) - of_each, of_each)
@@ -111,4 +137,6 @@ def prefill_chunks(
         return 0
     wave = CTAS_OF_SM * device_sms // kv_heads
     alike = longest * tiles <= 2 * int(keys.sum())
-    return wave if alike and 4 * tiles <= 3 * wave else tiles + round(2 * slots)
+    wanted = wave if alike and 2 * tiles <= wave else tiles + round(2 * slots)
+    room = workspace_bytes // partial_bytes(query_heads, rows, head_dim)
+    return min(wanted, room) if room > tiles else 0

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from semipd.attention import WORKSPACE_BYTES, Attention, FlashinferAttention, TorchAttention
+from semipd.attention import Attention, FlashinferAttention, TorchAttention, flashinfer_workspace_bytes
 from semipd.core import Allocation, InputError, Phase, Run, StepRecord
 from semipd.engine import Engine
 from semipd.executor import check_launch, output_left
@@ -86,7 +86,9 @@ def open_executor(
             weights = load_weights(config, weights_dir, device)
         if num_blocks is None:
             lane_bytes = activation_bytes(config, max_num_batched_tokens, max_num_seqs) + GRAPHS_BYTES * config.layers
-            num_blocks = _blocks_that_fit(config, device, lanes * lane_bytes, block_size, gpu_memory_utilization)
+            num_blocks = _blocks_that_fit(
+                config, device, lanes * lane_bytes, max_num_seqs, block_size, gpu_memory_utilization
+            )
         cache = PagedKvCache(config, num_blocks, block_size, device)
         attention: Attention
         if device == "cuda":
@@ -132,12 +134,14 @@ and 20 now.
 """
 
 
-def _blocks_that_fit(config: ModelConfig, device: str, work_bytes: int, block_size: int, utilization: float) -> int:
+def _blocks_that_fit(
+    config: ModelConfig, device: str, work_bytes: int, max_num_seqs: int, block_size: int, utilization: float
+) -> int:
     """KV blocks for which the device has memory. Raises InputError when there is none."""
     if device != "cuda":
         raise InputError(f"num_blocks: missing; expected a number of KV blocks on a {device}")
     free, total = torch.cuda.mem_get_info()
-    free -= int((1 - utilization) * total) + work_bytes + 2 * WORKSPACE_BYTES
+    free -= int((1 - utilization) * total) + work_bytes + flashinfer_workspace_bytes(config, max_num_seqs)
     blocks = int(free // (config.kv_bytes_per_token * block_size)) - 1  # one is scratch
     if blocks < 1:
         raise InputError(f"gpu_memory_utilization: found {utilization}, which leaves no room for a block of KV cache")
