@@ -153,7 +153,7 @@ class Campaign:
             f"plan: {len(missing)} points, about {about_s:.0f} s at {config.peak_tflops:.0f} TFLOP/s and "
             f"{config.peak_tbps:.1f} TB/s; then more where the cost model errs; then {config.holdout} held out"
         )
-        held_out_s = config.holdout * about_s / len(missing) if missing else 0.0
+        held_out_s = self._held_out_s(about_s / len(missing)) if missing else 0.0
         if about_s + held_out_s > self._left_s():
             self._note(f"that and the held-out points may take longer than the {self._left_s():.0f} s that are left")
         started_s = time.monotonic()
@@ -162,7 +162,7 @@ class Campaign:
         self.usable = True
         pace_s = (time.monotonic() - started_s) / len(missing) if missing else HOST_PACE_S
         again_s = pace_s * AGAIN * len(POINTS)
-        refine_s = self._left_s() - pace_s * config.holdout - again_s
+        refine_s = self._left_s() - self._held_out_s(pace_s) - again_s
         alone = [area for area in self._areas if area.table in ("prefill", "decode")]
         both = [area for area in self._areas if area not in alone]
         until_s = time.monotonic() + refine_s
@@ -185,6 +185,11 @@ class Campaign:
             ended = step.done == step.total
         return ended
 
+    def _held_out_s(self, pace_s: float) -> float:
+        """About how long held-out points take, where others take ``pace_s`` each."""
+        longer_s = (HELD_OUT_LONGER - 1) * self._config.measure_ms / 1e3
+        return self._config.holdout * (pace_s + longer_s * (1 + self._config.rest_share))
+
     def _left_s(self) -> float:
         limit_s = math.inf if self._config.limit_s is None else self._config.limit_s
         return limit_s - (time.monotonic() - self._begun_s)
@@ -202,7 +207,10 @@ class Campaign:
         return TableCost(tables)
 
     def _new_stopwatch(self, *, at_random: bool = False) -> Stopwatch:
-        """``at_random``: for measurements that follow one another at random, so that clocks have farther to go."""
+        """``at_random``: for measurements that follow one another at random, so that clocks have farther to go.
+
+        They take ``HELD_OUT_LONGER`` as long, since what they vary by would count as the model's error.
+        """
         config, subject = self._config, self._subject
         return Stopwatch(
             subject.executor,
@@ -211,10 +219,12 @@ class Campaign:
             settle_s=(config.limited_settle_ms if at_random else config.settle_ms) / 1e3,
             limited_settle_s=config.limited_settle_ms / 1e3,
             rest_share=config.rest_share,
-            measure_s=config.measure_ms / 1e3,
+            measure_s=config.measure_ms * (HELD_OUT_LONGER if at_random else 1) / 1e3,
             limit_s=config.limit_ms / 1e3,
         )
 
+
+HELD_OUT_LONGER = 2
 
 HOST_PACE_S = 0.3
 """Seconds a held-out point is thought to take when nothing has been measured to go by."""
