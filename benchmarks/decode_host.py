@@ -18,8 +18,8 @@ import torch
 import typer
 from torch import Tensor
 
-from semipd.attention import DecodePaging
 from semipd.core import Allocation, Mode, Phase, Request, Run
+from semipd.flashinfer_attention import DecodePaging
 from semipd.model import Model, random_weights
 from semipd.model_config import ModelConfig
 from semipd.paged_kv import PagedKvCache, Ragged

@@ -19,7 +19,8 @@ import typer
 from semipd.config import load
 from semipd.core import Allocation, Mode, Phase
 from semipd.model_config import ModelConfig
-from semipd.stopwatch import Decodes, Prompts, Stopwatch, inner_steps
+from semipd.ragged import Decodes, Prompts
+from semipd.stopwatch import Stopwatch, inner_steps
 from semipd.sweep import DecodeWork, PrefillWork
 from semipd.torch_executor import open_executor
 

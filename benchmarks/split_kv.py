@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import typer
 
-from semipd.attention import FlashinferAttention
 from semipd.config import load
+from semipd.flashinfer_attention import FlashinferAttention
 from semipd.model_config import ModelConfig
 from semipd.paged_kv import PagedKvCache, Ragged
 from semipd.partition import PartitionBank
-from semipd.stopwatch import Decodes
+from semipd.ragged import Decodes
 from semipd.sweep import DecodeWork
 
 BLOCK = 16

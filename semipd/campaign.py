@@ -20,8 +20,9 @@ from semipd.profile import ProfileHeader
 from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress, within
 from semipd.profiling import AGAIN, POINTS, Backends, Profiling, choose_backends, overheads
+from semipd.ragged import Decodes, Prompts
 from semipd.roofline import RooflineCost
-from semipd.stopwatch import Decodes, Prompts, Stopwatch
+from semipd.stopwatch import Stopwatch
 from semipd.sweep import HoldoutPoint, TableWriter
 from semipd.table_cost import TableCost
 from semipd.tables import Scales, Tables

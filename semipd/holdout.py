@@ -16,8 +16,9 @@ from semipd.model_config import ModelConfig
 from semipd.profile import Profile
 from semipd.profile_config import DecodeAxes, PrefillAxes, ProfileConfig
 from semipd.profiler import Progress
+from semipd.ragged import LENGTHS_SHAPE, Decodes, Prompts, dealt
 from semipd.roofline import fitted
-from semipd.stopwatch import LENGTHS_SHAPE, Decodes, Prompts, Stopwatch, dealt
+from semipd.stopwatch import Stopwatch
 from semipd.sweep import HoldoutPoint, Spread, TableWriter, read_points
 
 NONE = "-"

@@ -19,8 +19,9 @@ from semipd.grid import lacking
 from semipd.overheads import Overheads
 from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress
+from semipd.ragged import Decodes, Prompts
 from semipd.rectangle import SPINE, Place, Probe, Rectangle
-from semipd.stopwatch import Decodes, Prompts, Stopwatch
+from semipd.stopwatch import Stopwatch
 from semipd.sweep import (
     DecodePoint,
     DecodeWork,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from math import factorial
 from typing import TypeVar
 
 import numpy as np
@@ -18,17 +17,15 @@ import numpy.typing as npt
 
 from semipd.core import (
     Allocation,
-    DecodeShape,
     FloatArray,
-    IntArray,
     Phase,
-    PrefillShape,
     Request,
     Run,
     StepRecord,
 )
 from semipd.executor import Executor
-from semipd.sweep import DecodeWork, PrefillWork, Spread
+from semipd.ragged import Decodes, Prompts
+from semipd.sweep import Spread
 
 DECODE_STEPS = 8  # of a decode run; the next one is of the same batch with the same cached tokens
 FIRST_DECODE_ID = 1 << 40  # request ids; those of prompts count from 0
@@ -43,67 +40,6 @@ UNSTEADY = 0.1  # half of p10 to p90 over the median: something may have come be
 WHOLE_RUNS = 3
 START_RUNS = 7
 SETTLED = 40  # groups of small runs, none of which was faster than those before
-
-
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of which fill an interval evenly, wherever one stops
-
-
-LENGTHS_SHAPE = 4
-"""Of the gamma distribution that lengths have: a standard deviation of half their mean."""
-
-
-def lengths_at(quantiles: FloatArray) -> FloatArray:
-    """Quantiles of a gamma distribution of shape 4, by its distribution function, which is a sum for whole shapes."""
-    x = np.linspace(0.0, 40.0, 8001)
-    terms = [x**k / factorial(k) for k in range(LENGTHS_SHAPE)]
-    found: FloatArray = np.interp(quantiles, 1 - np.exp(-x) * np.sum(terms, axis=0), x)
-    return found
-
-
-def dealt(shares: FloatArray, total: int, least: int = 1) -> IntArray:
-    """Whole parts of a number, of at least ``least``, that are beyond it in proportion to these shares."""
-    ends = np.round(np.cumsum(shares) / shares.sum() * (total - least * len(shares))).astype(np.int64)
-    parts: IntArray = np.diff(ends, prepend=0) + least
-    return parts
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """A prefill batch, ragged: prompt i has ``new_tokens[i]`` after ``context_lens[i]`` cached ones."""
-
-    new_tokens: tuple[int, ...]
-    context_lens: tuple[int, ...]
-
-    @staticmethod
-    def of(work: PrefillWork) -> Prompts:
-        """Equal prompts."""
-        return Prompts((work.seq_tokens,) * work.seqs, (work.seq_context,) * work.seqs)
-
-    @property
-    def shape(self) -> PrefillShape:
-        """As the cost model sees it."""
-        return PrefillShape.of(self.new_tokens, self.context_lens)
-
-
-@dataclass(frozen=True, slots=True)
-class Decodes:
-    """A decode batch, ragged: the new token of sequence i attends to ``lengths[i]`` tokens, itself included."""
-
-    lengths: tuple[int, ...]
-
-    @staticmethod
-    def of(work: DecodeWork) -> Decodes:
-        """Sequences about as unequal as those that are served: quantiles of ``lengths_at``, in no order.
-
-        Decode attention deals equal ones to the SMs more evenly than it can these.
-        """
-        shares = lengths_at((np.arange(work.batch, dtype=np.float64) + 0.5) * GOLDEN_RATIO % 1)
-        return Decodes(tuple(dealt(shares, max(work.kv_tokens, work.batch)).tolist()))
-
-    @property
-    def shape(self) -> DecodeShape:
-        """As the cost model sees it."""
-        return DecodeShape(len(self.lengths), sum(self.lengths))
 
 
 @dataclass(frozen=True)

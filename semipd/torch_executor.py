@@ -16,10 +16,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from semipd.attention import Attention, FlashinferAttention, TorchAttention, flashinfer_workspace_bytes
+from semipd.attention import Attention, TorchAttention
 from semipd.core import Allocation, InputError, Phase, Run, StepRecord
 from semipd.engine import Engine
 from semipd.executor import check_launch, output_left
+from semipd.flashinfer_attention import FlashinferAttention, flashinfer_workspace_bytes
 from semipd.flight import DecodeFlight, Flight, MixedFlight, PrefillBatch, PrefillFlight
 from semipd.model import Model, load_weights, random_weights
 from semipd.model_config import DTYPE_BYTES, ModelConfig

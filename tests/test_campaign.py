@@ -28,10 +28,10 @@ from semipd.profile import load_profile
 from semipd.profile_config import DecodeAxes, More, PrefillAxes, ProfileConfig
 from semipd.profiler import Progress
 from semipd.profiling import AGAIN, Drift, _widened, measured_places, relative_error
+from semipd.ragged import Decodes
 from semipd.rectangle import SPINE, Rectangle
 from semipd.roofline import RooflineCost
 from semipd.sim import SimExecutor
-from semipd.stopwatch import Decodes
 from semipd.sweep import DecodeWork, HoldoutPoint, PrefillPoint, PrefillWork, read_points
 from semipd.table_cost import TableCost
 from semipd.tables import Scales, Tables

@@ -21,8 +21,9 @@ from lagging_device import LaggingDevice  # noqa: E402 - after the check for tor
 from semipd.attention import TorchAttention  # noqa: E402 - likewise
 from semipd.model import Model, random_weights  # noqa: E402 - likewise
 from semipd.paged_kv import PagedKvCache  # noqa: E402 - likewise
+from semipd.ragged import Decodes, Prompts  # noqa: E402 - likewise
 from semipd.sequences import pooled_prompts  # noqa: E402 - likewise
-from semipd.stopwatch import Decodes, Prompts, Stopwatch  # noqa: E402 - likewise
+from semipd.stopwatch import Stopwatch  # noqa: E402 - likewise
 from semipd.torch_executor import TorchExecutor  # noqa: E402 - likewise
 
 torch.set_num_threads(1)  # a tiny model's threads spend their time waiting for each other

@@ -19,7 +19,8 @@ from semipd.model_config import ModelConfig, from_huggingface
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from semipd.attention import DecodePaging, TorchAttention  # noqa: E402 - after the check for torch
+from semipd.attention import TorchAttention  # noqa: E402 - after the check for torch
+from semipd.flashinfer_attention import DecodePaging  # noqa: E402
 from semipd.model import Model, Rows, Weights, load_weights, random_weights  # noqa: E402
 from semipd.paged_kv import BlockMap, PagedKvCache, Ragged  # noqa: E402
 

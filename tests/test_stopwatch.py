@@ -18,21 +18,9 @@ from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
 from semipd.overheads import Overheads
 from semipd.profile_config import DecodeAxes, ProfileConfig
 from semipd.profiling import overheads
+from semipd.ragged import Decodes, Prompts, dealt, lengths_at
 from semipd.sim import SimExecutor
-from semipd.stopwatch import (
-    BARELY_COVERED,
-    BLOCKS,
-    Decodes,
-    Prompts,
-    Steps,
-    Stopwatch,
-    covered,
-    covered_share,
-    dealt,
-    inner_steps,
-    lengths_at,
-    spread_of,
-)
+from semipd.stopwatch import BARELY_COVERED, BLOCKS, Steps, Stopwatch, covered, covered_share, inner_steps, spread_of
 from semipd.sweep import DecodeWork, PrefillWork
 
 TRUTH = ClosedFormCost()

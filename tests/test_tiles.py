@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semipd.stopwatch import Decodes
+from semipd.ragged import Decodes
 from semipd.sweep import DecodeWork
 from semipd.tiles import (
     FA3_TILE_ROWS,

@@ -25,7 +25,8 @@ if not torch.cuda.is_available():
 
 from plain_forward import plain_logits  # noqa: E402 - after the check for a device
 
-from semipd.attention import Attention, FlashinferAttention, TorchAttention  # noqa: E402
+from semipd.attention import Attention, TorchAttention  # noqa: E402
+from semipd.flashinfer_attention import FlashinferAttention  # noqa: E402
 from semipd.flight import LOOK_AHEAD  # noqa: E402
 from semipd.ops import FlashinferOps, TorchOps  # noqa: E402
 from semipd.paged_kv import PagedKvCache, Ragged  # noqa: E402
