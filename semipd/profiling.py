@@ -6,6 +6,7 @@ the tables hold full rectangles and sparse grids only.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -172,39 +173,39 @@ class Profiling:
     def refine(self, areas: Iterable[Area], cost: Callable[[], CostModel], tolerance: float) -> Iterator[Progress]:
         """Give axes more values where the cost model errs, until it nowhere errs by more than ``tolerance``.
 
-        Tried is the middle of every interval of every axis, at one place of the other axes. Areas take turns, each with
-        the value where the model errs most there, so that one whose times are noisy does not take all there is. What
-        a point spreads by itself is no error of the model's.
+        Areas take turns. In its turn an area has the middle of every interval of every axis tried, at one place of the
+        other axes, and gets the value where the model errs most: so what was tried is of use however short the time is,
+        and an area whose times are noisy does not take all there is. What a point spreads by itself is no error of the
+        model's.
         """
         done = 0
-        turns = dict.fromkeys(self.areas, 0)
         tried: dict[tuple[Area, Probe], tuple[float, Any]] = {}
-        areas = list(areas)
-        model = cost()
-        while True:
-            candidates = {(area, probe) for area in areas for probe in self._probes(area)}
-            for area, probe in sorted(candidates - tried.keys(), key=_order):
+        waiting, model = deque(areas), cost()
+        while waiting:
+            area = waiting.popleft()
+            probes = self._probes(area)
+            untried = [probe for probe in probes if (area, probe) not in tried]
+            for i, probe in enumerate(untried):
                 cell = Cell.at(area, probe.place)
-                yield Progress(done, done + len(candidates - tried.keys()), f"{cell} (trying)")
+                yield Progress(done, done + len(untried) - i, f"{cell} (trying)")
                 done += 1
                 point = self._measure(cell)
                 tried[area, probe] = relative_error(model, cell, point), point
-            wrong = [x for x in sorted(candidates, key=_order) if tried[x][0] > tolerance]
-            if not wrong:
-                break
-            area, probe = max(wrong, key=lambda x: (-turns[x[0]], tried[x][0]))
-            turns[area] += 1
-            worst, tried_point = tried[area, probe]
-            points = [tried_point]
-            for place in self.areas[area].knot(probe.axis, probe.value):
-                if place != probe.place:
+            worst = max(probes, key=lambda probe: tried[area, probe][0], default=None)
+            if worst is None or tried[area, worst][0] <= tolerance:
+                continue
+            error, point = tried[area, worst]
+            points = [point]
+            for place in self.areas[area].knot(worst.axis, worst.value):
+                if place != worst.place:
                     cell = Cell.at(area, place)
-                    yield Progress(done, done + 1, f"{cell} (the model was {100 * worst:.0f} % off)")
+                    yield Progress(done, done + 1, f"{cell} (the model was {100 * error:.0f} % off)")
                     done += 1
                     points.append(self._measure(cell))
             self._save(area, points)
-            self.areas[area] = self.areas[area].with_knot(probe.axis, probe.value)
+            self.areas[area] = self.areas[area].with_knot(worst.axis, worst.value)
             model = cost()
+            waiting.append(area)
         yield Progress(done, done, "done")
 
     def _probes(self, area: Area) -> list[Probe]:
@@ -253,10 +254,6 @@ class Profiling:
             spread = watch.decode(Decodes.of(d), at)
             return DecodePoint(sms=at.decode_sms, **asdict(d), backend=names.decode, **asdict(spread))
         raise ValueError("a cell without work")
-
-
-def _order(tried: tuple[Area, Probe]) -> tuple[object, ...]:
-    return (*map(str, tried[0].key), tried[1].axis, tried[1].value)
 
 
 def _columns(phase: str, spread: Spread) -> dict[str, Any]:

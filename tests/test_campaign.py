@@ -240,6 +240,27 @@ def test_refinement_puts_values_where_the_model_errs(tmp_path: Path) -> None:
     assert worst(tables.cost()) < 0.6 * worst(straight)
 
 
+def test_refinement_that_is_cut_short_has_put_to_use_what_it_tried(tmp_path: Path) -> None:
+    """Each area has its value before the next one is tried."""
+    trials = []
+
+    def cut_short(name: str, steps: Iterator[Progress]) -> Iterator[Progress]:
+        for step in steps:
+            if name == "alone":
+                trials.extend([step.at] if "trying" in step.at else [])
+                if len({trial.split(",")[0] for trial in trials}) > 1:  # the second area
+                    raise KeyboardInterrupt
+            yield step
+
+    config = CONFIG.model_copy(update={"tolerance": 0.05, "prefill_spine": (), "decode_spine": ()})
+    stairs = ClosedFormCost(stair_tokens=1024, scales=SCALES)
+    done = measure_profile(subject(stairs), config, tmp_path / "p", ABOUT, watched=cut_short)
+    assert done.interrupted
+    assert trials[0].startswith("prefill on 32 SMs, ")
+    found = {p.tokens for p in load_profile(tmp_path / "p").prefill.points if p.sms == 32}
+    assert len(found - {16, 512, 4096}) == 1
+
+
 class _Points:
     def __init__(self, points: tuple[Any, ...]) -> None:
         self.points = points
