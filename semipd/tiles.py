@@ -137,6 +137,6 @@ def prefill_chunks(
         return 0
     wave = CTAS_OF_SM * device_sms // kv_heads
     alike = longest * tiles <= 2 * int(keys.sum())
-    wanted = wave if alike and 2 * tiles <= wave else tiles + round(2 * slots)
+    wanted = wave if alike and 2 * tiles <= wave else tiles + max(1, round(2 * slots))
     room = workspace_bytes // partial_bytes(query_heads, rows, head_dim)
     return min(wanted, room) if room > tiles else 0

@@ -20,9 +20,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from semipd.attention import TorchAttention  # noqa: E402 - after the check for torch
-from semipd.flashinfer_attention import DecodePaging  # noqa: E402
-from semipd.model import Model, Rows, Weights, load_weights, random_weights  # noqa: E402
-from semipd.paged_kv import BlockMap, PagedKvCache, Ragged  # noqa: E402
+from semipd.flashinfer_attention import DecodePaging  # noqa: E402 - likewise
+from semipd.model import Model, Rows, Weights, load_weights, random_weights  # noqa: E402 - likewise
+from semipd.paged_kv import BlockMap, PagedKvCache, Ragged  # noqa: E402 - likewise
 
 torch.set_num_threads(1)  # a tiny model's threads spend their time waiting for each other
 

@@ -161,7 +161,7 @@ def test_keys_are_split_nearly_as_well_as_was_measured_to_be_best(kind: str, mea
 
 @given(
     st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 30000)), min_size=1, max_size=40),
-    st.sampled_from([(32, 8, 128), (64, 8, 128), (4, 2, 128), (8, 8, 64), (8, 1, 256), (3, 1, 32)]),
+    st.sampled_from([(32, 8, 128), (64, 8, 128), (4, 2, 128), (8, 8, 64), (8, 1, 256), (3, 1, 32), (64, 64, 32)]),
     st.sampled_from([132, 64, 16, 8]),
     st.integers(0, 1 << 30),
 )
@@ -195,3 +195,8 @@ def test_there_is_room_for_all_that_flashinfer_pads_a_decode_plan_to(
 def test_a_batch_without_a_past_is_not_split() -> None:
     for tokens in (1, 16, 100, 300):
         assert prefill_chunks(np.array([tokens]), np.array([tokens]), 32, 8, 128, 132, 132, ROOM) == 0
+
+
+def test_where_an_sm_has_more_heads_than_ctas_what_is_split_still_can_be() -> None:
+    q_lens, kv_lens = np.array([1, 1, 1, 40]), np.array([5, 5, 5, 90_000])  # six tiles of 16 rows
+    assert prefill_chunks(q_lens, kv_lens, 64, 64, 32, 8, 132, ROOM) == 7

@@ -29,16 +29,16 @@ from semipd.slo import Slo
 torch = pytest.importorskip("torch")
 
 from lagging_device import LaggingDevice  # noqa: E402 - after the check for torch
-from plain_forward import plain_tokens  # noqa: E402
+from plain_forward import plain_tokens  # noqa: E402 - likewise
 
-from semipd.attention import TorchAttention, TorchPlan  # noqa: E402
-from semipd.flight import LOOK_AHEAD  # noqa: E402
-from semipd.model import Model, Weights, random_weights  # noqa: E402
+from semipd.attention import TorchAttention, TorchPlan  # noqa: E402 - likewise
+from semipd.flight import LOOK_AHEAD  # noqa: E402 - likewise
+from semipd.model import Model, Weights, random_weights  # noqa: E402 - likewise
 from semipd.padding import decode_rows, prefill_rows  # noqa: E402 - likewise
-from semipd.paged_kv import PagedKvCache, Ragged  # noqa: E402
-from semipd.sequences import random_prompts  # noqa: E402
-from semipd.torch_device import CpuDevice, Device, partition_of  # noqa: E402
-from semipd.torch_executor import TorchExecutor, open_executor  # noqa: E402
+from semipd.paged_kv import PagedKvCache, Ragged  # noqa: E402 - likewise
+from semipd.sequences import random_prompts  # noqa: E402 - likewise
+from semipd.torch_device import CpuDevice, Device, partition_of  # noqa: E402 - likewise
+from semipd.torch_executor import TorchExecutor, open_executor  # noqa: E402 - likewise
 
 torch.set_num_threads(1)  # a tiny model's threads spend their time waiting for each other
 

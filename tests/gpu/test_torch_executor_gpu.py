@@ -25,13 +25,13 @@ if not torch.cuda.is_available():
 
 from plain_forward import plain_logits  # noqa: E402 - after the check for a device
 
-from semipd.attention import Attention, TorchAttention  # noqa: E402
-from semipd.flashinfer_attention import FlashinferAttention  # noqa: E402
-from semipd.flight import LOOK_AHEAD  # noqa: E402
-from semipd.ops import FlashinferOps, TorchOps  # noqa: E402
-from semipd.paged_kv import PagedKvCache, Ragged  # noqa: E402
-from semipd.sequences import random_prompts  # noqa: E402
-from semipd.torch_executor import TorchExecutor, open_executor  # noqa: E402
+from semipd.attention import Attention, TorchAttention  # noqa: E402 - likewise
+from semipd.flashinfer_attention import FlashinferAttention  # noqa: E402 - likewise
+from semipd.flight import LOOK_AHEAD  # noqa: E402 - likewise
+from semipd.ops import FlashinferOps, TorchOps  # noqa: E402 - likewise
+from semipd.paged_kv import PagedKvCache, Ragged  # noqa: E402 - likewise
+from semipd.sequences import random_prompts  # noqa: E402 - likewise
+from semipd.torch_executor import TorchExecutor, open_executor  # noqa: E402 - likewise
 
 MODEL = ModelConfig(
     hidden_size=512, layers=6, query_heads=4, kv_heads=2, head_dim=128, intermediate_size=1024, vocab_size=500,
