@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from semipd.compare import Setup, prepare
 from semipd.config import CompareConfig, TraceConfig
 from semipd.core import StepRecord
 from semipd.policies import make_policy
+from semipd.replay import Setup, prepare
 from semipd.scheduler import Plan, Scheduler
 from semipd.sim import SimExecutor
 

@@ -76,8 +76,8 @@ def measured(args: argparse.Namespace, requests: int | None, checkout: str | Non
 
 def replayed(args: argparse.Namespace) -> dict[str, float]:
     """Replay a trace in this process; ``loop_s`` is without imports, reading and summary."""
-    from semipd.compare import prepare, simulate
     from semipd.config import CompareConfig, SchedulerOptions, TraceConfig
+    from semipd.replay import prepare, simulate
 
     runs = steps = 0
 

@@ -19,9 +19,9 @@ import typer
 from semipd.config import load
 from semipd.core import Allocation, Mode, Phase
 from semipd.model_config import ModelConfig
+from semipd.points import DecodeWork, PrefillWork
 from semipd.ragged import Decodes, Prompts
 from semipd.stopwatch import Stopwatch, inner_steps
-from semipd.sweep import DecodeWork, PrefillWork
 from semipd.torch_executor import open_executor
 
 BINS_S = (0.07, 0.12, 0.17, 0.25, 0.5, 0.9, 1.0, 1.1, 1.2, 1.5)

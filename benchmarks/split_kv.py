@@ -21,8 +21,8 @@ from semipd.flashinfer_attention import FlashinferAttention
 from semipd.model_config import ModelConfig
 from semipd.paged_kv import PagedKvCache, Ragged
 from semipd.partition import PartitionBank
+from semipd.points import DecodeWork
 from semipd.ragged import Decodes
-from semipd.sweep import DecodeWork
 
 BLOCK = 16
 REPLAYS = 5

@@ -8,9 +8,9 @@ from typing import Any
 from conftest import Tape
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from semipd.compare import simulate
 from semipd.log import Log
 from semipd.metrics import summarise
+from semipd.replay import simulate
 from semipd.sim import SimExecutor
 
 

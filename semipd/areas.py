@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.padding import MOST_PREFILL_ROWS, prefill_sizes
+from semipd.points import DecodeWork, PrefillWork
 from semipd.profile_config import DecodeAxes, ProfileConfig
 from semipd.ragged import Decodes, Prompts
 from semipd.rectangle import SPINE, Place, Rectangle
 from semipd.roofline import RooflineCost
 from semipd.stopwatch import DECODE_STEPS, FEW_STEPS, STEPS
-from semipd.sweep import DecodeWork, PrefillWork
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "prefill": ("tokens", "mean_context"),

@@ -20,7 +20,7 @@ import torch
 from semipd.core import FloatArray
 from semipd.kernels import DecodeKernel, Gqa, MixedKernel, PrefillKernel
 from semipd.partition import PartitionBank
-from semipd.sweep import DecodeWork, PrefillWork, Sharing
+from semipd.points import DecodeWork, PrefillWork, Sharing
 from semipd.window import LONG_STEP_MS, Stamps, stamped_every, together
 
 Kernel: TypeAlias = PrefillKernel | DecodeKernel | MixedKernel

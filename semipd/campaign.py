@@ -16,6 +16,7 @@ from semipd.holdout import measure, trials
 from semipd.model_config import ModelConfig
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
+from semipd.points import HoldoutPoint
 from semipd.profile import ProfileHeader
 from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress, within
@@ -23,8 +24,8 @@ from semipd.profiling import AGAIN, POINTS, Backends, Profiling, choose_backends
 from semipd.ragged import Decodes, Prompts
 from semipd.roofline import RooflineCost
 from semipd.stopwatch import Stopwatch
-from semipd.sweep import HoldoutPoint, TableWriter
 from semipd.table_cost import TableCost
+from semipd.table_files import TableWriter
 from semipd.tables import Scales, Tables
 
 ALONE_SHARE = 0.5

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+from semipd.points import Sharing
 from semipd.prices import Source
-from semipd.sweep import Sharing
 
 IN_TURN = "in turn"
 

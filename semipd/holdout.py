@@ -13,13 +13,14 @@ from semipd.areas import Area
 from semipd.config import build
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, Phase, PrefillShape
 from semipd.model_config import ModelConfig
+from semipd.points import HoldoutPoint, Spread
 from semipd.profile import Profile
 from semipd.profile_config import DecodeAxes, PrefillAxes, ProfileConfig
 from semipd.profiler import Progress
 from semipd.ragged import LENGTHS_SHAPE, Decodes, Prompts, dealt
 from semipd.roofline import fitted
 from semipd.stopwatch import Stopwatch
-from semipd.sweep import HoldoutPoint, Spread, TableWriter, read_points
+from semipd.table_files import TableWriter, read_points
 
 NONE = "-"
 """Stands for the batch of a phase that is idle."""

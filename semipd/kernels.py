@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from semipd.sweep import DecodeWork, PrefillWork
+from semipd.points import DecodeWork, PrefillWork
 from semipd.tiles import FA3_HEAD_DIM, balance
 
 WORKSPACE_BYTES = 256 << 20  # fa2 splits few queries over long keys into partial results

@@ -9,8 +9,8 @@ from math import log2
 
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.cost import CostModel
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing
 from semipd.profile import Profile
-from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing
 
 MODES = ("split", "capped", "priority", "streams")
 """Ways of running both phases beside each other that a hybrid table may hold."""

@@ -12,18 +12,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from semipd.core import InputError
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
-from semipd.sweep import (
-    DecodePoint,
-    HybridPoint,
-    MixedPoint,
-    Point,
-    PrefillPoint,
-    SweepTable,
-    read_points,
-    read_provenance,
-    read_table,
-)
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, Point, PrefillPoint
 from semipd.table_cost import TableCost
+from semipd.table_files import SweepTable, read_points, read_provenance, read_table
 from semipd.tables import Scales, Tables
 
 Name = Annotated[str, Field(min_length=1)]

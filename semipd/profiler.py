@@ -16,7 +16,7 @@ import numpy as np
 
 from semipd.config import DecodeGrid, DecodeSweep, HybridSweep, PrefillGrid, PrefillSweep
 from semipd.core import FloatArray, InputError
-from semipd.sweep import (
+from semipd.points import (
     DecodePoint,
     DecodeWork,
     HybridPoint,
@@ -25,13 +25,10 @@ from semipd.sweep import (
     PrefillWork,
     Sharing,
     Spread,
-    TableWriter,
     TotalPoint,
-    decode_grid,
-    grid,
-    partition_counts,
-    splits_of,
 )
+from semipd.sweep import decode_grid, grid, partition_counts, splits_of
+from semipd.table_files import TableWriter
 
 DECODE_BACKEND = "fa2"  # flashinfer's tensor-core decode is its fa2 kernel
 

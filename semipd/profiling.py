@@ -18,21 +18,13 @@ from semipd.core import InputError, Mode, Phase
 from semipd.cost import CostModel
 from semipd.grid import lacking
 from semipd.overheads import Overheads
+from semipd.points import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork, Spread
 from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress
 from semipd.ragged import Decodes, Prompts
 from semipd.rectangle import SPINE, Place, Probe, Rectangle
 from semipd.stopwatch import Stopwatch
-from semipd.sweep import (
-    DecodePoint,
-    DecodeWork,
-    HybridPoint,
-    MixedPoint,
-    PrefillPoint,
-    PrefillWork,
-    Spread,
-    TableWriter,
-)
+from semipd.table_files import TableWriter
 
 TYPICAL_TOKENS = 1024
 """Of each of two prompts, about as long as in conversations, for which prefill's attention kernel is chosen."""

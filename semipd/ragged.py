@@ -8,7 +8,7 @@ from math import factorial
 import numpy as np
 
 from semipd.core import DecodeShape, FloatArray, IntArray, PrefillShape
-from semipd.sweep import DecodeWork, PrefillWork
+from semipd.points import DecodeWork, PrefillWork
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of which fill an interval evenly, wherever one stops
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from semipd.core import Allocation, DecodeShape, FloatArray, PrefillShape
 from semipd.model_config import ModelConfig
-from semipd.sweep import DecodePoint, PrefillPoint
+from semipd.points import DecodePoint, PrefillPoint
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from semipd.core import (
     StepRecord,
 )
 from semipd.executor import Executor
+from semipd.points import Spread
 from semipd.ragged import Decodes, Prompts
-from semipd.sweep import Spread
 
 DECODE_STEPS = 8  # of a decode run; the next one is of the same batch with the same cached tokens
 FIRST_DECODE_ID = 1 << 40  # request ids; those of prompts count from 0

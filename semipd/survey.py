@@ -11,10 +11,11 @@ import numpy as np
 
 from semipd.core import DecodeShape, InputError, Mode
 from semipd.frontier import InTurn, OperatingPoint, Optimum, Stretch, best_where, dominator, optimum
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing
 from semipd.policies import CHUNKS
 from semipd.prices import MODES, Place, Prices, Shared, Source, Time, place_of, spreads, worst
 from semipd.profile import Profile
-from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing, SweepTable
+from semipd.table_files import SweepTable
 
 TYPICAL = Place(tokens=2048, mean_context=1024, batch=64, kv_tokens=64 * 2048)
 """A prompt of 2,048 tokens beside 64 sequences of as many; the measured load nearest to it is the default."""

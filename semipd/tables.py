@@ -14,7 +14,7 @@ from semipd._steps import Axis, Grid
 from semipd.core import Allocation, FloatArray, InputError, Mode
 from semipd.grid import arranged, axis, axis_values, completed, sparse_values
 from semipd.padding import NOT_PADDED, Padded
-from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
 
 FILLS_TOKENS = 2048
 """Prefill tokens that fill every partition for several waves; more of them last longer but contend no more."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from semipd.config import Attention, PartitionSweep, SweepConfig
 from semipd.core import FloatArray
-from semipd.sweep import DecodeWork, PrefillWork, Sharing
+from semipd.points import DecodeWork, PrefillWork, Sharing
 
 
 @dataclass

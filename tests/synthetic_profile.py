@@ -15,19 +15,9 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from semipd.sweep import (
-    DecodePoint,
-    DecodeWork,
-    HybridPoint,
-    MixedPoint,
-    PrefillPoint,
-    PrefillWork,
-    TableWriter,
-    decode_grid,
-    grid,
-    partition_counts,
-    splits_of,
-)
+from semipd.points import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork
+from semipd.sweep import decode_grid, grid, partition_counts, splits_of
+from semipd.table_files import TableWriter
 
 TOKENS = (1, 64, 1024, 8192)
 MEAN_CONTEXTS = (16, 512, 4096, 32768)

@@ -24,6 +24,7 @@ from semipd.grid import lacking, sparse_values
 from semipd.holdout import errors, held_out
 from semipd.model_config import ModelConfig
 from semipd.padding import Padded
+from semipd.points import DecodeWork, HoldoutPoint, PrefillPoint, PrefillWork
 from semipd.profile import load_profile
 from semipd.profile_config import DecodeAxes, More, PrefillAxes, ProfileConfig
 from semipd.profiler import Progress
@@ -32,8 +33,8 @@ from semipd.ragged import Decodes
 from semipd.rectangle import SPINE, Rectangle
 from semipd.roofline import RooflineCost
 from semipd.sim import SimExecutor
-from semipd.sweep import DecodeWork, HoldoutPoint, PrefillPoint, PrefillWork, read_points
 from semipd.table_cost import TableCost
+from semipd.table_files import read_points
 from semipd.tables import Scales, Tables
 
 MODEL = ModelConfig(

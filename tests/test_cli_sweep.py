@@ -14,17 +14,9 @@ from synthetic_profile import write_profile
 
 from semipd.cli import main
 from semipd.config import Attention, HybridSweep, MixedSweep, PrefillSweep, load
+from semipd.points import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork, TotalPoint
 from semipd.profile import load_profile
-from semipd.sweep import (
-    DecodePoint,
-    DecodeWork,
-    HybridPoint,
-    MixedPoint,
-    PrefillPoint,
-    PrefillWork,
-    TotalPoint,
-    read_table,
-)
+from semipd.table_files import read_table
 
 LAYERS = 4
 

@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 from synthetic_profile import write_profile
 
-from semipd.compare import Comparison, Setup, judge, policy_names, prepare, run_all, scheduler_config, simulate
+from semipd.compare import Comparison, judge, policy_names, run_all
 from semipd.config import CompareConfig, SchedulerOptions, TraceConfig, build
 from semipd.core import InputError, StepRecord
 from semipd.distribution import Distribution
 from semipd.metrics import Summary
 from semipd.profile import load_profile
+from semipd.replay import Setup, prepare, scheduler_config, simulate
 from semipd.report.comparison import comparison_report
 from semipd.slo import Slo
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from semipd.compare import policy_names, prepare
+from semipd.compare import policy_names
 from semipd.config import (
     CompareConfig,
     DecodeSweep,
@@ -20,6 +20,7 @@ from semipd.config import (
 )
 from semipd.core import InputError
 from semipd.profiler import decode_works, hybrid_plan, prefill_works, solo_sms
+from semipd.replay import prepare
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SWEEPS = CONFIGS / "sweeps"

@@ -42,18 +42,11 @@ from synthetic_profile import (
 
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
 from semipd.cost import ConstantCost, CostModel, Misjudged
+from semipd.points import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork
 from semipd.profile import Profile, load_profile, shipped_profiles
-from semipd.sweep import (
-    DecodePoint,
-    DecodeWork,
-    HybridPoint,
-    MixedPoint,
-    PrefillPoint,
-    PrefillWork,
-    TableWriter,
-    decode_grid,
-)
+from semipd.sweep import decode_grid
 from semipd.table_cost import TableCost
+from semipd.table_files import TableWriter
 from semipd.tables import Tables
 
 DEVICE = 32

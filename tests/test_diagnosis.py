@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from synthetic_profile import write_profile
 from test_laws import Scenario, scenarios
 
-from semipd.compare import Setup, simulate
 from semipd.core import Allocation, Mode, Phase, Request
 from semipd.cost import ConstantCost
 from semipd.diagnosis import Blocked, Bound, DecodeTime, time_shares
@@ -20,6 +19,7 @@ from semipd.log import Log
 from semipd.metrics import request_table
 from semipd.policies import make_policy
 from semipd.profile import load_profile
+from semipd.replay import Setup, simulate
 from semipd.scheduler import Scheduler
 from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor

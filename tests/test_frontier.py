@@ -21,10 +21,10 @@ from synthetic_profile import (
 
 from semipd.core import InputError
 from semipd.frontier import IN_TURN, InTurn, OperatingPoint, best_where, dominator, optimum
+from semipd.points import Sharing
 from semipd.prices import Place, Source, worst
 from semipd.profile import Profile, load_profile
 from semipd.survey import TYPICAL, Survey, _default, nearest_to, survey
-from semipd.sweep import Sharing
 
 DEVICE, LAYERS = 32, 4
 GRID = Place(1024, 512, 16, 16384)  # on every table's grid but for the solo decode table's, which has no batch of 16

@@ -14,6 +14,16 @@ from hypothesis import strategies as st
 
 from semipd.config import DecodeGrid, DecodeSweep, HybridSweep, PrefillGrid, PrefillSweep
 from semipd.core import InputError
+from semipd.points import (
+    DecodePoint,
+    DecodeWork,
+    HybridPoint,
+    MixedPoint,
+    PrefillPoint,
+    PrefillWork,
+    Sharing,
+    TotalPoint,
+)
 from semipd.profiler import (
     Progress,
     best_backends,
@@ -29,18 +39,7 @@ from semipd.profiler import (
     sweep_total,
     within,
 )
-from semipd.sweep import (
-    DecodePoint,
-    DecodeWork,
-    HybridPoint,
-    MixedPoint,
-    PrefillPoint,
-    PrefillWork,
-    Sharing,
-    TableWriter,
-    TotalPoint,
-    read_table,
-)
+from semipd.table_files import TableWriter, read_table
 
 SMS = 132
 PREFILL = PrefillWork.prompts(4, 4096)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, TotalPoint
 from semipd.report.speedup import fused_gains, summarise_totals
 from semipd.report.tables import STAR, hybrid_report, mixed_report, solo_report, trace_report
-from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, TotalPoint
 from semipd.trace import info, read_trace, shipped
 
 # Of one H200: fixed work of 10 prefill (4 x 4096) and 100 decode (128 x 4096) layers.

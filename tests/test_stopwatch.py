@@ -16,12 +16,12 @@ from passing_on import PassingOn
 from semipd.areas import areas_of
 from semipd.core import Allocation, Mode, Phase, Request, Run, StepRecord
 from semipd.overheads import Overheads
+from semipd.points import DecodeWork, PrefillWork
 from semipd.profile_config import DecodeAxes, ProfileConfig
 from semipd.profiling import overheads
 from semipd.ragged import Decodes, Prompts, dealt, lengths_at
 from semipd.sim import SimExecutor
 from semipd.stopwatch import BARELY_COVERED, BLOCKS, Steps, Stopwatch, covered, covered_share, inner_steps, spread_of
-from semipd.sweep import DecodeWork, PrefillWork
 
 TRUTH = ClosedFormCost()
 AT = Allocation(Mode.SPLIT, 8, 24)

@@ -15,24 +15,9 @@ from hypothesis import strategies as st
 from synthetic_profile import PROVENANCE, decode_point, decode_points, hybrid_points, prefill_points
 
 from semipd.core import InputError, Mode, PrefillShape
-from semipd.sweep import (
-    DecodePoint,
-    DecodeWork,
-    HybridPoint,
-    PrefillPoint,
-    PrefillWork,
-    Sharing,
-    Spread,
-    TableWriter,
-    TotalPoint,
-    decode_grid,
-    grid,
-    partition_counts,
-    provenance_path,
-    read_points,
-    read_table,
-    splits_of,
-)
+from semipd.points import DecodePoint, DecodeWork, HybridPoint, PrefillPoint, PrefillWork, Sharing, Spread, TotalPoint
+from semipd.sweep import decode_grid, grid, partition_counts, splits_of
+from semipd.table_files import TableWriter, provenance_path, read_points, read_table
 
 TOTALS = [
     TotalPoint("split", 64, 68, "fa2", "fa2", 10, 100, 5, 60.5, 62.25, 62.25, 62.0, 63.125),

@@ -16,8 +16,8 @@ from synthetic_profile import decode_points, hybrid_points, prefill_points, writ
 
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.padding import Padded, decode_rows, decode_sizes, prefill_rows, prefill_sizes
+from semipd.points import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork
 from semipd.profile import load_profile
-from semipd.sweep import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork
 from semipd.table_cost import TableCost
 from semipd.tables import Tables
 

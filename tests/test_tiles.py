@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semipd.points import DecodeWork
 from semipd.ragged import Decodes
-from semipd.sweep import DecodeWork
 from semipd.tiles import (
     FA3_TILE_ROWS,
     balance,

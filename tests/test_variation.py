@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from synthetic_profile import write_profile
 from test_laws import Scenario, scenarios, token_times
 
-from semipd.compare import prepare, simulate
 from semipd.config import CompareConfig, SchedulerOptions, TraceConfig
 from semipd.core import Allocation, Mode, Phase
 from semipd.driver import replay
 from semipd.profile import load_profile
+from semipd.replay import prepare, simulate
 from semipd.sim import SimExecutor
 from semipd.variation import Variation
 

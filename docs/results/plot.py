@@ -7,8 +7,9 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
+from semipd.points import TotalPoint
 from semipd.profile import load_profile
-from semipd.sweep import TotalPoint, read_table
+from semipd.table_files import read_table
 
 HERE = Path(__file__).parent
 TOKENS, CONTEXT, BATCH, KV_TOKENS = 2048, 2048, 256, 524_288

@@ -21,11 +21,11 @@ from semipd.cli.session import CutShortError, note, show, show_json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from semipd.compare import Outcome, Setup
     from semipd.config import ReplayConfig
     from semipd.core import StepRecord
     from semipd.executor import Executor
     from semipd.metrics import Summary
+    from semipd.replay import Outcome, Setup
     from semipd.scheduler import Scheduler
 
 Sets = Annotated[
@@ -54,8 +54,9 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Replay a trace under one policy."""
-    from semipd.compare import policy_names, prepare, rate_rps, run
+    from semipd.compare import policy_names, rate_rps
     from semipd.config import ReplayConfig, load
+    from semipd.replay import prepare, run
 
     found = load(config, ReplayConfig, (*(sets or ()), *(("strict=true",) if strict else ())))
     setup = prepare(found)
@@ -100,8 +101,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Replay a trace under every policy, and say which one to take; by default the shipped comparison."""
-    from semipd.compare import judge, policy_names, prepare, run_all
+    from semipd.compare import judge, policy_names, run_all
     from semipd.config import CompareConfig, build, read_yaml
+    from semipd.replay import prepare
 
     options = {
         "trace.path": json.dumps(trace) if trace is not None else None,

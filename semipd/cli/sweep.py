@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from semipd.config import SweepConfig
+    from semipd.points import Point
     from semipd.profiler import Bench, Progress
-    from semipd.sweep import Point, TableWriter
+    from semipd.table_files import TableWriter
 
 Schema = TypeVar("Schema", bound="SweepConfig")
 
@@ -57,9 +58,9 @@ def prefill(
 ) -> None:
     """Prefill alone on every partition; by default 32 prompts of 4096 tokens."""
     from semipd.config import PrefillSweep
+    from semipd.points import PrefillPoint
     from semipd.profiler import prefill_works, solo_sms, sweep_prefill
     from semipd.report.tables import solo_report
-    from semipd.sweep import PrefillPoint
 
     options = {"prefill.seqs": seqs, "prefill.seq_tokens": seq_tokens, **_common(step, runs, limit_s)}
     swept = _configured(PrefillSweep, config, sets, options)
@@ -89,9 +90,9 @@ def decode(
 ) -> None:
     """Decode alone on every partition; by default 128 sequences of 4096 cached tokens."""
     from semipd.config import DecodeSweep
+    from semipd.points import DecodePoint
     from semipd.profiler import decode_works, solo_sms, sweep_decode
     from semipd.report.tables import solo_report
-    from semipd.sweep import DecodePoint
 
     options = {"decode.batch": batch, "decode.context": context, **_common(step, runs, limit_s)}
     swept = _configured(DecodeSweep, config, sets, options)
@@ -127,10 +128,11 @@ def hybrid(
 ) -> None:
     """Both at once on every split; by default 4 prompts of 4096 tokens beside 128 sequences of 4096."""
     from semipd.config import HybridSweep
+    from semipd.points import HybridPoint, PrefillPoint, TotalPoint
     from semipd.profiler import decode_works, hybrid_plan, prefill_works, sweep_hybrid, sweep_total
     from semipd.report.speedup import summarise_totals
     from semipd.report.tables import hybrid_report
-    from semipd.sweep import HybridPoint, PrefillPoint, TotalPoint, read_table
+    from semipd.table_files import read_table
 
     options = {
         "prefill.seqs": seqs,
@@ -188,10 +190,10 @@ def mixed(
     Beside them each part alone, on the whole device, too: in turn, they are the baseline.
     """
     from semipd.config import MixedSweep
+    from semipd.points import DecodePoint, MixedPoint, PrefillPoint
     from semipd.profiler import decode_works, prefill_works, sweep_decode, sweep_mixed, sweep_prefill
     from semipd.report.speedup import fused_gains
     from semipd.report.tables import mixed_report
-    from semipd.sweep import DecodePoint, MixedPoint, PrefillPoint
 
     options = {"prefill.tokens": chunk or None, "decode.batch": batch, "decode.context": context}
     swept = _configured(MixedSweep, config, sets, options | _common(None, runs, limit_s))
@@ -222,7 +224,7 @@ class Folder:
 
     def table(self, name: str, cls: type[Point]) -> TableWriter[Point]:
         """The table ``name.csv``, to be continued when resuming. Raises InputError as TableWriter does."""
-        from semipd.sweep import TableWriter
+        from semipd.table_files import TableWriter
 
         return TableWriter(self.path / f"{name}.csv", cls, self.provenance, resume=self.resume)
 
@@ -308,7 +310,7 @@ def _finish(
     extra: dict[str, object] | None = None,
 ) -> None:
     """Print the result, say on stderr where it is and how to go on; exit 130 after Ctrl-C."""
-    from semipd.sweep import read_provenance
+    from semipd.table_files import read_provenance
 
     if as_json:
         document: dict[str, Any] = {

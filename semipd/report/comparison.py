@@ -9,10 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from semipd.compare import Comparison, Setup
+from semipd.compare import Comparison
 from semipd.distribution import Distribution
 from semipd.metrics import Summary
 from semipd.profile import Profile
+from semipd.replay import Setup
 
 TAKE, STATIC = "★", "•"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from semipd.sweep import DecodePoint, MixedPoint, PrefillPoint, TotalPoint
+from semipd.points import DecodePoint, MixedPoint, PrefillPoint, TotalPoint
 
 
 @dataclass(frozen=True)

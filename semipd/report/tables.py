@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing, TotalPoint
 from semipd.report.speedup import FusedGain, Gain, TotalSummary, fused_gains, summarise_totals
-from semipd.sweep import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing, TotalPoint
 from semipd.trace import TraceInfo
 
 STAR = "★"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from semipd.sweep import DecodeWork, PrefillWork, Sharing
+from semipd.points import DecodeWork, PrefillWork, Sharing
 
 if TYPE_CHECKING:
     from semipd.bench import GpuBench

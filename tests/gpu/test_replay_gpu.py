@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from semipd.compare import Setup, prepare, run
 from semipd.config import ReplayConfig, TraceConfig, load
 from semipd.model_config import ModelConfig
 from semipd.policies import chosen, make_policy, whole_device
+from semipd.replay import Setup, prepare, run
 from semipd.scheduler import Scheduler
 from semipd.scheduler_config import SchedulerConfig
 from semipd.sim import SimExecutor
