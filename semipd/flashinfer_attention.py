@@ -226,7 +226,7 @@ class FlashinferPrefill:
     def _size(self, batch: Ragged, q_indptr: IntArray, kv_indptr: IntArray) -> None:
         """Deal the tiles to the partition's SMs only; raises RuntimeError when flashinfer's plan has another layout."""
         info = [int(x) for x in self._wrapper._plan_info]
-        device_ctas = torch.cuda.get_device_properties("cuda").multi_processor_count
+        device_ctas = _device_sms()
         if len(info) != 9 or self._sms > device_ctas:
             raise RuntimeError(f"flashinfer's fa3 plan is {info}; expected nine numbers")
         if info[8]:  # a huge batch, planned once for all heads: its many tiles fill any partition evenly
