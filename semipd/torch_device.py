@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -151,16 +151,25 @@ class CudaMark:
 
 
 class CudaStream:
-    """A stream of a partition, which it does not own, with its CUDA graphs' shared memory pool."""
+    """A stream of a partition, which it does not own, with its CUDA graphs' shared memory pool.
 
-    def __init__(self, handle: int, pool: Any) -> None:
+    ``using``: torch's streams in use, the current one last; all streams of a device share it.
+    """
+
+    def __init__(self, handle: int, pool: Any, using: list[Any]) -> None:
         self._stream = torch.cuda.ExternalStream(handle)
-        self._pool = pool
+        self._pool, self._using = pool, using
 
-    def use(self) -> AbstractContextManager[Any]:
-        """See ``Stream``."""
-        context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
-        return context
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """See ``Stream``. torch's own context asks for the current device and stream first, which takes longer."""
+        self._using.append(self._stream)
+        torch.cuda.set_stream(self._stream)
+        try:
+            yield
+        finally:
+            self._using.pop()
+            torch.cuda.set_stream(self._using[-1])
 
     def mark(self) -> Mark:
         """See ``Stream``."""
@@ -213,13 +222,14 @@ class CudaDevice:
         # One pool for all graphs of a phase, of which no two run at the same time.
         self._decode_pool, self._prefill_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
         self._streams: dict[int, CudaStream] = {}
+        self._using: list[Any] = [torch.cuda.current_stream()]
 
     def stream(self, phase: Phase, allocation: Allocation) -> Stream:
         """See ``Device`` and ``partition_of``."""
         handle = partition_of(self._bank, phase, allocation).stream
         if handle not in self._streams:
             pool = self._decode_pool if phase is Phase.DECODE else self._prefill_pool
-            self._streams[handle] = CudaStream(handle, pool)
+            self._streams[handle] = CudaStream(handle, pool, self._using)
         return self._streams[handle]
 
     def upload(self, array: Any) -> Tensor:
