@@ -221,7 +221,7 @@ class FlashinferPrefill:
         wrapper._qo_indptr_last = batch.rows
         shape = config.query_heads, config.kv_heads, config.head_dim
         room = PREFILL_WORKSPACE_BYTES - (1 << 20)  # each of its parts is aligned
-        chunks = prefill_chunks(batch.q_lens, batch.kv_lens, *shape, self._sms, _device_sms(), room)
+        chunks = prefill_chunks(batch.q_lens, batch.kv_lens, *shape, self._sms, room)
         _plan_fa2(wrapper, config, batch, (views[0][0], views[0][1]), chunks)
 
     def _size(self, batch: Ragged, q_indptr: IntArray, kv_indptr: IntArray) -> None:

@@ -52,14 +52,23 @@ def balance(seq_tokens: list[int], kv_lens: list[int], heads: int, group: int, c
 CTAS_OF_SM = 2
 """Of flashinfer's fa2 kernels that an SM runs at once."""
 
-MERGE_KEYS, MERGE_ROW_KEYS = 400, 4.8
-"""What it costs to merge partial results, and each query head's row of them on one SM: a CTA's time for so many keys.
+KEY_US = {16: 0.02, 64: 0.032, 128: 0.046}
+"""Microseconds of a key of a tile, by the tile's rows; only what they are to those of merging matters.
 
-Measured on an H200 (docs/results/split-kv.md), and so is ``LONE``.
+Measured on an H200 (docs/results/split-kv.md), and so are those below.
 """
 
-LONE = 0.8
-"""Share of its time that a tile takes when few others run beside it."""
+MERGE_US, MERGE_ROW_US = 8.0, 0.1
+"""What it costs to merge partial results, and each query head's row of them on one SM."""
+
+LAST_WAVE = 0.5
+"""Share of a chunk that SMs wait for others in the end, at most, when there are many chunks."""
+
+ALONE = 0.75
+"""Of the time that some SMs take longer than others, for a CTA is faster when few run beside it."""
+
+CHUNK_SIZES = 48
+LEAST_CHUNK = 128  # keys
 
 
 def fa2_tile_rows(q_lens: IntArray, group: int, head_dim: int) -> int:
@@ -102,15 +111,15 @@ def prefill_chunks(
     kv_heads: int,
     head_dim: int,
     sms: int,
-    device_sms: int,
     workspace_bytes: int,
 ) -> int:
     """Into how many CTAs for each KV head fa2 may cut a causal batch by splitting keys; 0 when it should not.
 
     A CTA computes a tile of queries over all of their keys, and an SM holds ``CTAS_OF_SM``. Splitting the keys evens
     out what CTAs have to do, but partial results have to be written and merged, for every row. flashinfer's own plan
-    splits whenever there are fewer tiles than a wave on the whole device. Here it has to pay: the time of the
-    partition's waves, or until a long tile of the head that comes last is over, against even shares and merging.
+    splits whenever there are fewer tiles than a wave on the whole device. Here the time is estimated for the longest
+    prompt's keys in one chunk, in two, and so on: of waves on the partition, or of even shares and a part of a chunk
+    (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969, has a whole one), and of merging.
 
     Args:
         q_lens: New tokens of each sequence, shape [sequences]; so many of its ``kv_lens``.
@@ -119,7 +128,6 @@ def prefill_chunks(
         kv_heads: Of the model.
         head_dim: Of the model.
         sms: Of the partition.
-        device_sms: Of the whole device, for which flashinfer plans.
         workspace_bytes: For partial results.
     """
     group = query_heads // kv_heads
@@ -129,14 +137,15 @@ def prefill_chunks(
     nth = np.arange(tiles) - np.repeat(np.cumsum(of_each) - of_each, of_each)
     seen = np.repeat(kv_lens - q_lens, of_each) + -(-(nth + 1) * rows // group)
     keys = np.minimum(seen, np.repeat(kv_lens, of_each))
-    slots = CTAS_OF_SM * sms / kv_heads
-    even, longest = float(keys.sum()) / slots, int(keys.max())
-    last_head = max(0.0, 1 - 1 / kv_heads - slots / tiles) * even
-    merging = MERGE_KEYS + int(q_lens.sum()) * query_heads * MERGE_ROW_KEYS / sms
-    if max(even, last_head + LONE * longest) - even <= merging:
-        return 0
-    wave = CTAS_OF_SM * device_sms // kv_heads
-    alike = longest * tiles <= 2 * int(keys.sum())
-    wanted = wave if alike and 2 * tiles <= wave else tiles + max(1, round(2 * slots))
-    room = workspace_bytes // partial_bytes(query_heads, rows, head_dim)
-    return min(wanted, room) if room > tiles else 0
+    slots, longest = CTAS_OF_SM * sms / kv_heads, int(keys.max())
+    even = float(keys.sum()) / slots
+    chunk = -(-longest // np.arange(1, 1 + max(1, min(CHUNK_SIZES, longest // LEAST_CHUNK))))
+    pieces = -(-kv_lens // chunk[:, None])
+    pieces[0] = 1
+    ctas = (of_each * pieces).sum(1)
+    busy = np.maximum(chunk, np.minimum(np.ceil(ctas / slots) * chunk, even + LAST_WAVE * chunk))
+    us = KEY_US[rows] * (even + ALONE * (busy - even))
+    us[1:] += MERGE_US + MERGE_ROW_US * (q_lens * pieces[1:]).sum(1) * query_heads / sms
+    us[1:][ctas[1:] > workspace_bytes // partial_bytes(query_heads, rows, head_dim)] = np.inf
+    best = int(us.argmin())
+    return int(ctas[best]) if best else 0

@@ -138,9 +138,7 @@ def took(row: dict[str, Any]) -> tuple[float | None, float, float]:
         chunks = max(33, tiles) if name == "orig" else tiles + max(1, round(float(name) * (sms // 4)))
         tried[pieces(chunks)] = min(us, tried.get(pieces(chunks), us))
     wanted = (
-        decode_chunks(len(q_lens), 8, sms, 132)
-        if decode
-        else prefill_chunks(q_lens, kv_lens, 32, 8, 128, sms, 132, ROOM)
+        decode_chunks(len(q_lens), 8, sms, 132) if decode else prefill_chunks(q_lens, kv_lens, 32, 8, 128, sms, ROOM)
     )
     like = [n for n in tried if (n > tiles) == (pieces(wanted) > tiles)]
     nearest = min(like, key=lambda n: abs(np.log(n / pieces(wanted))), default=None)
@@ -148,13 +146,13 @@ def took(row: dict[str, Any]) -> tuple[float | None, float, float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mean", "flashinfers"), [("decode", 1.03, 1.07), ("prefill", 1.03, 1.2), ("mixed", 1.04, 1.25)]
+    ("kind", "mean", "flashinfers"), [("decode", 1.03, 1.07), ("prefill", 1.02, 1.15), ("mixed", 1.03, 1.25)]
 )
 def test_keys_are_split_nearly_as_well_as_was_measured_to_be_best(kind: str, mean: float, flashinfers: float) -> None:
     found = [took(row) for row in explored(kind)]
     ours = [us / best for us, _, best in found if us is not None]
     assert len(ours) > 0.9 * len(found)  # of the others nothing alike was tried
-    assert max(ours) < 1.25
+    assert max(ours) < 1.3
     assert np.mean(ours) < mean
     assert np.mean([us / best for _, us, best in found]) > flashinfers
 
@@ -169,7 +167,7 @@ def test_chunks_are_more_than_tiles_and_there_is_room_for_them(
     batch: list[tuple[int, int]], heads: tuple[int, int, int], sms: int, room: int
 ) -> None:
     q_lens, kv_lens = np.array([q for q, _ in batch]), np.array([q + c for q, c in batch])
-    chunks = prefill_chunks(q_lens, kv_lens, *heads, sms, 132, room)
+    chunks = prefill_chunks(q_lens, kv_lens, *heads, sms, room)
     query_heads, kv_heads, head_dim = heads
     rows = fa2_tile_rows(q_lens, query_heads // kv_heads, head_dim)
     tiles = sum(-(-q * (query_heads // kv_heads) // rows) for q in q_lens.tolist())
@@ -194,9 +192,9 @@ def test_there_is_room_for_all_that_flashinfer_pads_a_decode_plan_to(
 
 def test_a_batch_without_a_past_is_not_split() -> None:
     for tokens in (1, 16, 100, 300):
-        assert prefill_chunks(np.array([tokens]), np.array([tokens]), 32, 8, 128, 132, 132, ROOM) == 0
+        assert prefill_chunks(np.array([tokens]), np.array([tokens]), 32, 8, 128, 132, ROOM) == 0
 
 
 def test_where_an_sm_has_more_heads_than_ctas_what_is_split_still_can_be() -> None:
     q_lens, kv_lens = np.array([1, 1, 1, 40]), np.array([5, 5, 5, 90_000])  # six tiles of 16 rows
-    assert prefill_chunks(q_lens, kv_lens, 64, 64, 32, 8, 132, ROOM) == 7
+    assert prefill_chunks(q_lens, kv_lens, 64, 64, 32, 8, ROOM) > 6
