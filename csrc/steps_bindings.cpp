@@ -3,13 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
+
 #include "steps.hpp"
+#include "waves.hpp"
 
 namespace py = pybind11;
 using semipd::Axis;
 using semipd::Boundaries;
 using semipd::Curve;
 using semipd::Grid;
+using semipd::Waves;
 using Floats = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 namespace {
@@ -50,6 +54,30 @@ PYBIND11_MODULE(_steps, m) {
                 return Axis(state[0].cast<std::vector<double>>(), state[1].cast<double>(),
                             state[2].cast<double>(), state[3].cast<bool>(), state[4].cast<double>());
             }));
+
+    using Lengths = std::vector<std::int64_t>;
+    py::class_<Waves>(m, "Waves")
+        .def(py::init<std::int64_t, std::int64_t, std::int64_t>(), py::arg("query_heads"),
+             py::arg("kv_heads"), py::arg("head_dim"))
+        .def(
+            "chunks",
+            [](const Waves& waves, const Lengths& new_tokens, const Lengths& kv_lens, std::int64_t sms,
+               double workspace_bytes) { return waves.best(new_tokens, kv_lens, sms, workspace_bytes).ctas; },
+            py::arg("new_tokens"), py::arg("kv_lens"), py::arg("sms"), py::arg("workspace_bytes"))
+        .def(
+            "seconds",
+            [](const Waves& waves, const Lengths& new_tokens, const Lengths& context_lens, std::int64_t sms) {
+                Lengths kv_lens(context_lens);
+                for (std::size_t i = 0; i < std::min(kv_lens.size(), new_tokens.size()); ++i)
+                    kv_lens[i] += new_tokens[i];
+                return waves.best(new_tokens, kv_lens, sms, std::numeric_limits<double>::infinity()).us / 1e6;
+            },
+            py::arg("new_tokens"), py::arg("context_lens"), py::arg("sms"))
+        .def(py::pickle([](const Waves& w) { return py::make_tuple(w.query_heads, w.kv_heads, w.head_dim); },
+                        [](const py::tuple& state) {
+                            return Waves(state[0].cast<std::int64_t>(), state[1].cast<std::int64_t>(),
+                                         state[2].cast<std::int64_t>());
+                        }));
 
     py::class_<Grid>(m, "Grid")
         .def(py::init([](std::vector<Axis> axes, const Floats& values) {

@@ -17,6 +17,19 @@ class Axis:
     @property
     def high(self) -> float: ...
 
+class Waves:
+    """Attention of prompts by flashinfer's fa2 kernel: where its keys are best split, and how long it takes.
+
+    Its constants are an H200's (docs/results/split-kv.md). Can be pickled. Raises ValueError for impossible heads, and
+    for no prompts or SMs.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int) -> None: ...
+    def chunks(self, new_tokens: Sequence[int], kv_lens: Sequence[int], sms: int, workspace_bytes: float) -> int:
+        """See ``semipd.tiles.prefill_chunks``."""
+    def seconds(self, new_tokens: Sequence[int], context_lens: Sequence[int], sms: int) -> float:
+        """An estimate for one layer, of what depends on how tiles and keys are dealt."""
+
 class Grid:
     """Multilinear interpolation between points of a rectangular grid: exact on it, clamped to its edge outside.
 

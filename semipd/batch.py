@@ -117,5 +117,6 @@ def next_batch(
         left -= new
     if not sequences:
         return None
-    shape = PrefillShape(tokens - left, pairs, mean_contexts)
-    return PrefillBatch(tuple(sequences), tuple(new_tokens), tuple(contexts), tuple(emits), blocks, shape, layers)
+    dealt, cached = tuple(new_tokens), tuple(contexts)
+    shape = PrefillShape(tokens - left, pairs, mean_contexts, dealt, cached)
+    return PrefillBatch(tuple(sequences), dealt, cached, tuple(emits), blocks, shape, layers)

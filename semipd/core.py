@@ -119,24 +119,37 @@ class PrefillShape:
 
     ``tokens``: new tokens of the batch. ``pairs``: query-key pairs they attend to, sum of q * (c + q / 2) over
     the batch's prompts with q new tokens after c cached ones. ``contexts``: sum of c + q / 2 over the prompts; that of
-    one prompt unless given.
+    one prompt unless given. ``new_tokens``, ``context_lens``: each prompt's q and c; empty when they are not known.
     """
 
     tokens: int
     pairs: float
     contexts: float
+    new_tokens: tuple[int, ...]
+    context_lens: tuple[int, ...]
 
-    def __init__(self, tokens: int, pairs: float, contexts: float | None = None) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        pairs: float,
+        contexts: float | None = None,
+        new_tokens: tuple[int, ...] = (),
+        context_lens: tuple[int, ...] = (),
+    ) -> None:
         self.tokens = tokens
         self.pairs = pairs
         self.contexts = self.mean_context if contexts is None else contexts
+        self.new_tokens = new_tokens
+        self.context_lens = context_lens
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PrefillShape) and (self.tokens, self.pairs, self.contexts) == (
-            other.tokens,
-            other.pairs,
-            other.contexts,
-        )
+        return isinstance(other, PrefillShape) and (
+            self.tokens,
+            self.pairs,
+            self.contexts,
+            self.new_tokens,
+            self.context_lens,
+        ) == (other.tokens, other.pairs, other.contexts, other.new_tokens, other.context_lens)
 
     def __hash__(self) -> int:
         return hash((self.tokens, self.pairs, self.contexts))
@@ -151,7 +164,7 @@ class PrefillShape:
         """Shape of a ragged batch: new tokens and cached tokens of each prompt."""
         contexts = [context_lens[i] + q / 2 for i, q in enumerate(new_tokens)]
         pairs = sum([q * contexts[i] for i, q in enumerate(new_tokens)])
-        return PrefillShape(sum(new_tokens), pairs, sum(contexts))
+        return PrefillShape(sum(new_tokens), pairs, sum(contexts), new_tokens, context_lens)
 
 
 @dataclass(slots=True, eq=False, init=False)

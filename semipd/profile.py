@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from semipd._steps import Waves
 from semipd.core import InputError
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
@@ -68,9 +69,17 @@ class Profile(ProfileHeader):
                 layers=self.layers,
                 padded=self.padded,
                 scales=Scales.of(self.weights_bytes, self.kv_bytes_per_token),
+                waves=Waves(*self._heads) if self._heads else None,
                 source=str(self.folder),
             )
         )
+
+    @property
+    def _heads(self) -> tuple[int, int, int] | None:
+        """Query heads, KV heads and their dimension, where the model is described."""
+        names = ("query_heads", "kv_heads", "head_dim")
+        model = self.model or {}
+        return (model[names[0]], model[names[1]], model[names[2]]) if all(name in model for name in names) else None
 
     def prefill_backend(self, sms: int) -> str:
         """The attention kernel that prefill on a partition was measured with; of several the one fastest most often.

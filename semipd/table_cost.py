@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from semipd._steps import Axis, Curve, Grid
 from semipd.core import Allocation, DecodeShape, FloatArray, Mode, PrefillShape
-from semipd.tables import SHARED, Contention, DecodeCurves, Tables
+from semipd.tables import SHARED, Contention, Dealing, DecodeCurves, Tables, equal_prompts
 
 CURVES = 4096
 """Decode curves that a ``TableCost`` keeps, of about 0.5 kB each; the least recently used goes first."""
@@ -37,10 +37,12 @@ class TableCost:
         self.layers: int = tables.layers
         self.refused: Mapping[Mode, str] = tables.refused
         self._prefill: dict[int, Grid] = tables.prefill
+        self._dealing: dict[int, Dealing] = tables.dealing
         self._decode: dict[int, DecodeCurves] = tables.decode
         self._contention: dict[Allocation, Contention] = tables.contention
         self._fused: Grid | None = tables.fused
-        self._spare_queries: float = (tables.queries - 1) / 2  # of a prompt's last tile
+        # Of a prompt's last tile, on average; where dealing is known, it has counted the tiles.
+        self._spare_queries: float = 0.0 if tables.dealing else (tables.queries - 1) / 2
         self._fused_rows: Grid = tables.fused_rows
         # What was looked up before.
         self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
@@ -66,11 +68,22 @@ class TableCost:
         """Seconds of one layer, alone or beside a decode batch; see ``CostModel.prefill_s``."""
         tokens, context = shape.tokens, self._context(shape)
         if beside is None:
-            return _partition(self._prefill, at.prefill_sms, "prefill").number(tokens, context)
+            seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").number(tokens, context)
+            return seconds + self._beyond_s(shape, context, at.prefill_sms), outside
         shared = self._sharing(at)
         seconds, outside = shared.prefill_alone.number(tokens, context)
         speed, also = shared.prefill.number(tokens, context, beside.batch, beside.kv_tokens)
-        return seconds / speed, outside or also
+        return (seconds + self._beyond_s(shape, context, at.prefill_sms)) / speed, outside or also
+
+    def _beyond_s(self, shape: PrefillShape, context: float, sms: int) -> float:
+        """What a batch's attention takes longer, by how it is dealt to the SMs, than is interpolated."""
+        dealing = self._dealing.get(sms)
+        if dealing is None or not shape.tokens:
+            return 0.0
+        if shape.new_tokens:
+            return dealing.beyond_s(shape.tokens, context, shape.new_tokens, shape.context_lens)
+        new_tokens, context_lens = equal_prompts(shape.tokens, context)
+        return dealing.beyond_s(shape.tokens, context, new_tokens, context_lens)
 
     def decode_s(
         self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
@@ -85,6 +98,7 @@ class TableCost:
         place = chunk.tokens, self._context(chunk)
         if decode is None:
             layer_s, outside = self._prefill[self.device_sms].number(*place)
+            layer_s += self._beyond_s(chunk, place[1], self.device_sms)
         else:
             layer_s, outside = self._fused.number(*place, decode.batch, decode.kv_tokens)
             layer_s += self._fused_rows.number(chunk.tokens + decode.batch)[0]

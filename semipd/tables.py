@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
-from semipd._steps import Axis, Grid
+from semipd._steps import Axis, Grid, Waves
 from semipd.core import Allocation, FloatArray, InputError, Mode
 from semipd.grid import arranged, axis, axis_values, completed, sparse_values
 from semipd.padding import NOT_PADDED, Padded
@@ -84,6 +84,41 @@ class Scales:
 NO_SCALES = Scales()
 
 
+@dataclass(frozen=True, slots=True)
+class Dealing:
+    """How much longer attention of a batch takes than between the measured ones, by how it is dealt to a partition.
+
+    ``table_s``: an estimate of it for the measured batches, interpolated as their times are.
+    """
+
+    waves: Waves
+    sms: int
+    table_s: Grid
+
+    @staticmethod
+    def of(waves: Waves, sms: int, points: Sequence[PrefillPoint], sizes: Sequence[int], where: str) -> Dealing:
+        """Of the batches that were measured on so many SMs."""
+        estimated = [
+            replace(p, median_ms=waves.seconds([p.seq_tokens] * p.seqs, [p.seq_context] * p.seqs, sms) * 1e3)
+            for p in points
+        ]
+        tokens, contexts, rows = _prefill_surface(estimated, sizes, where)
+        return Dealing(waves, sms, Grid([axis("tokens", tokens), axis("mean_context", contexts)], rows))
+
+    def beyond_s(self, tokens: int, context: float, new_tokens: Sequence[int], context_lens: Sequence[int]) -> float:
+        """Seconds of a layer to add to what is interpolated at (tokens, context); may be negative."""
+        return self.waves.seconds(new_tokens, context_lens, self.sms) - self.table_s.number(tokens, context)[0]
+
+
+def equal_prompts(tokens: int, mean_context: float) -> tuple[list[int], list[int]]:
+    """New and cached tokens of the fewest equal prompts that have this mean context: what tables are measured with."""
+    most = max(1, int(2 * mean_context))
+    fewest = -(-tokens // most)
+    seqs = next((n for n in range(fewest, 2 * fewest + 1) if n == 1 or tokens % (2 * n) == 0), fewest)
+    new = [tokens // seqs + (i < tokens % seqs) for i in range(seqs)]
+    return new, [max(0, round(mean_context - q // 2)) for q in new]
+
+
 @dataclass(frozen=True)
 class Tables:
     """A profile's tables, arranged for look-ups.
@@ -98,6 +133,7 @@ class Tables:
     device_sms: int
     layers: int
     prefill: dict[int, Grid]
+    dealing: dict[int, Dealing]
     decode: dict[int, DecodeCurves]
     contention: dict[Allocation, Contention]
     fused: Grid | None
@@ -116,6 +152,7 @@ class Tables:
         layers: int,
         padded: Padded = NOT_PADDED,
         scales: Scales = NO_SCALES,
+        waves: Waves | None = None,
         source: str = "profile",
     ) -> Tables:
         """Tables of measured points.
@@ -131,15 +168,22 @@ class Tables:
             layers: Layers of a decode step.
             padded: To which sizes batches were padded.
             scales: Of the model.
+            waves: Of its attention, if how that is dealt to SMs is known.
             source: Where the points are from, for messages.
 
         Raises:
             InputError: There is no split, a partition is missing, or the grid of a split lacks a point. Where that is
                 so of another mode, the mode is ``refused``.
         """
+        by_sms = _grouped(prefill, lambda p: p.sms)
+        dealing = {
+            sms: Dealing.of(waves, sms, points, padded.tokens, f"{source}/prefill.csv: {sms} SMs")
+            for sms, points in by_sms.items()
+            if waves is not None and all(p.backend == "fa2" for p in points)
+        }
         prefill_alone = {
             sms: _prefill_surface(points, padded.tokens, f"{source}/prefill.csv: {sms} SMs")
-            for sms, points in _grouped(prefill, lambda p: p.sms).items()
+            for sms, points in by_sms.items()
         }
         prefill_of = {
             sms: Grid([axis("tokens", tokens), axis("mean_context", contexts)], rows)
@@ -158,7 +202,7 @@ class Tables:
 
         def shared(mode: Mode) -> dict[Allocation, Contention]:
             points = by_mode.get(mode.value, ())
-            return _shared(mode, points, prefill_alone, decode_of, device_sms, scales, stairs_to, source)
+            return _shared(mode, points, prefill_alone, dealing, decode_of, device_sms, scales, stairs_to, source)
 
         refused: dict[Mode, str] = {}
 
@@ -175,13 +219,25 @@ class Tables:
         tokens, _, seconds = prefill_alone[device_sms]
         fused_rows = Grid([axis("tokens", tokens)], seconds[:, 0] * bool(padded.tokens))
         fused = unless_refused(Mode.MIXED, lambda: _fused(mixed, fused_rows, f"{source}/mixed.csv"))
-        return Tables(device_sms, layers, prefill_of, decode_of, contention, fused, fused_rows, padded.queries, refused)
+        return Tables(
+            device_sms,
+            layers,
+            prefill_of,
+            dealing,
+            decode_of,
+            contention,
+            fused,
+            fused_rows,
+            padded.queries,
+            refused,
+        )
 
 
 def _shared(
     mode: Mode,
     points: Iterable[HybridPoint],
     prefill: Mapping[int, Surface],
+    dealing: Mapping[int, Dealing],
     decode: Mapping[int, DecodeCurves],
     device_sms: int,
     scales: Scales,
@@ -207,7 +263,7 @@ def _shared(
         ):
             if sms not in measured:
                 raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, for {name} of hybrid.csv")
-        alone = prefill[prefill_sms], decode[decode_sms]
+        alone = prefill[prefill_sms], dealing.get(prefill_sms), decode[decode_sms]
         rows = shared[prefill_sms, decode_sms]
         found[at] = _contention(rows, *alone, scales, stairs_to, f"{source}/hybrid.csv: {name}")
     return found
@@ -300,6 +356,7 @@ def _without_stairs(surface: Surface, stairs_to: int | None, tokens: Sequence[in
 def _contention(
     points: Iterable[HybridPoint],
     prefill: Surface,
+    dealing: Dealing | None,
     decode: DecodeCurves,
     scales: Scales,
     stairs_to: int | None,
@@ -325,7 +382,10 @@ def _contention(
     decode_s = {
         b: dict(zip(kv, np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]), strict=True)) for b in batches
     }
-    prefill_s = {(t, m): alone.number(t, m)[0] for t, m in {place[:2] for place in best}}
+    prefill_s = {
+        (t, m): alone.number(t, m)[0] + (dealing.beyond_s(t, m, *equal_prompts(t, m)) if dealing else 0.0)
+        for t, m in {place[:2] for place in best}
+    }
     straight = [np.log2(np.array(v) + offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]
 
     def everywhere(speeds: Mapping[tuple[int, int, int, int], float]) -> FloatArray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from semipd._steps import Waves
 from semipd.core import IntArray
 
 FA3_HEAD_DIM = 128
@@ -51,24 +52,6 @@ def balance(seq_tokens: list[int], kv_lens: list[int], heads: int, group: int, c
 
 CTAS_OF_SM = 2
 """Of flashinfer's fa2 kernels that an SM runs at once."""
-
-KEY_US = {16: 0.02, 64: 0.032, 128: 0.046}
-"""Microseconds of a key of a tile, by the tile's rows; only what they are to those of merging matters.
-
-Measured on an H200 (docs/results/split-kv.md), and so are those below.
-"""
-
-MERGE_US, MERGE_ROW_US = 8.0, 0.1
-"""What it costs to merge partial results, and each query head's row of them on one SM."""
-
-LAST_WAVE = 0.5
-"""Share of a chunk that SMs wait for others in the end, at most, when there are many chunks."""
-
-ALONE = 0.75
-"""Of the time that some SMs take longer than others, for a CTA is faster when few run beside it."""
-
-CHUNK_SIZES = 48
-LEAST_CHUNK = 128  # keys
 
 
 def fa2_tile_rows(q_lens: IntArray, group: int, head_dim: int) -> int:
@@ -130,22 +113,5 @@ def prefill_chunks(
         sms: Of the partition.
         workspace_bytes: For partial results.
     """
-    group = query_heads // kv_heads
-    rows = fa2_tile_rows(q_lens, group, head_dim)
-    of_each = -(-q_lens * group // rows)
-    tiles = int(of_each.sum())
-    nth = np.arange(tiles) - np.repeat(np.cumsum(of_each) - of_each, of_each)
-    seen = np.repeat(kv_lens - q_lens, of_each) + -(-(nth + 1) * rows // group)
-    keys = np.minimum(seen, np.repeat(kv_lens, of_each))
-    slots, longest = CTAS_OF_SM * sms / kv_heads, int(keys.max())
-    even = float(keys.sum()) / slots
-    chunk = -(-longest // np.arange(1, 1 + max(1, min(CHUNK_SIZES, longest // LEAST_CHUNK))))
-    pieces = -(-kv_lens // chunk[:, None])
-    pieces[0] = 1
-    ctas = (of_each * pieces).sum(1)
-    busy = np.maximum(chunk, np.minimum(np.ceil(ctas / slots) * chunk, even + LAST_WAVE * chunk))
-    us = KEY_US[rows] * (even + ALONE * (busy - even))
-    us[1:] += MERGE_US + MERGE_ROW_US * (q_lens * pieces[1:]).sum(1) * query_heads / sms
-    us[1:][ctas[1:] > workspace_bytes // partial_bytes(query_heads, rows, head_dim)] = np.inf
-    best = int(us.argmin())
-    return int(ctas[best]) if best else 0
+    waves = Waves(query_heads, kv_heads, head_dim)
+    return waves.chunks(q_lens.tolist(), kv_lens.tolist(), sms, float(workspace_bytes))

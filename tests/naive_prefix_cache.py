@@ -168,7 +168,7 @@ class CachingReference(Reference):
             self.contexts.append(context)
             pairs += tokens * (context + tokens / 2)
             mean_contexts += context + tokens / 2
-        batch.shape = PrefillShape(sum(batch.new), pairs, mean_contexts)
+        batch.shape = PrefillShape(sum(batch.new), pairs, mean_contexts, tuple(batch.new), tuple(self.contexts))
         return batch if batch.jobs else None
 
     def admit(self, batch: Batch) -> None:

@@ -351,7 +351,8 @@ class Reference:
             return None
         pairs = sum(float(n * (job.cached + n / 2)) for n, job in zip(new, jobs, strict=True))
         contexts = sum(job.cached + n / 2 for n, job in zip(new, jobs, strict=True))
-        return Batch(jobs, new, PrefillShape(sum(new), pairs, contexts), self.cost.layers)
+        shape = PrefillShape(sum(new), pairs, contexts, tuple(new), tuple(job.cached for job in jobs))
+        return Batch(jobs, new, shape, self.cost.layers)
 
     def admit(self, batch: Batch) -> None:
         for job, new in zip(batch.jobs, batch.new, strict=True):

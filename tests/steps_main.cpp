@@ -3,6 +3,7 @@
 #include <random>
 
 #include "steps.hpp"
+#include "waves.hpp"
 
 namespace {
 
@@ -55,11 +56,21 @@ double run(Random& random) {
     return boundaries.ends().empty() ? 0.0 : boundaries.ends().back();
 }
 
+double attention(Random& random) {
+    std::vector<std::int64_t> tokens(pick(random, 1, 5)), kv_lens(tokens.size());
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+        tokens[i] = pick(random, 1, 400);
+        kv_lens[i] = tokens[i] + pick(random, 0, 4000);
+    }
+    const semipd::Waves waves(32, pick(random, 1, 32), pick(random, 1, 300));
+    return waves.best(tokens, kv_lens, pick(random, 1, 132), pick(random, 0, 1 << 28)).us;
+}
+
 }  // namespace
 
 int main() {
     Random random(1);
     double sum = 0;
-    for (int i = 0; i < 20000; ++i) sum += look_up(random) + run(random);
+    for (int i = 0; i < 20000; ++i) sum += look_up(random) + run(random) + attention(random);
     std::printf("20000 look-ups and runs, %g\n", sum);
 }

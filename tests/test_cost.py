@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from synthetic_profile import (
     write_profile,
 )
 
+from semipd._steps import Waves
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
 from semipd.cost import ConstantCost, CostModel, Misjudged
 from semipd.points import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork
@@ -714,3 +716,37 @@ def test_misjudging_is_drawn_with_its_seed_and_as_wide_as_asked() -> None:
     assert abs(logs.mean()) < 0.015
     assert logs.std() == pytest.approx(0.1, rel=0.1)
     assert Misjudged(truth, 0.0).prefill_s(shape(1, 0.5), split[0], None) == (1.0, False)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 30000)), min_size=1, max_size=8),
+    st.sampled_from([16, 64, 96, 132]),
+)
+@settings(max_examples=50)
+def test_attention_is_priced_by_how_each_prompt_is_dealt_to_the_sms(prompts: list[tuple[int, int]], sms: int) -> None:
+    """A device on which nothing else takes time but a constant is priced exactly, whatever the batch."""
+    new, context = tuple(q for q, _ in prompts), tuple(c for _, c in prompts)
+    cost = only_waves()
+    seconds, _ = cost.prefill_s(PrefillShape.of(new, context), Allocation(Mode.SPLIT, sms, sms), None)
+    assert seconds == pytest.approx(1e-3 + WAVES.seconds(new, context, sms))
+
+
+WAVES = Waves(32, 8, 128)
+
+
+@cache
+def only_waves() -> CostModel:
+    profile = load_profile("h200/llama-3-8b")
+    points = tuple(
+        replace(p, median_ms=1 + 1e3 * WAVES.seconds([p.seq_tokens] * p.seqs, [p.seq_context] * p.seqs, p.sms))
+        for p in profile.prefill.points
+    )
+    assert {p.backend for p in points} == {"fa2"}
+    return replace(profile, prefill=replace(profile.prefill, points=points)).cost()
+
+
+def test_a_batch_whose_prompts_are_not_known_is_priced_as_equal_ones() -> None:
+    cost, at = load_profile("h200/llama-3-8b").cost(), Allocation(Mode.SPLIT, 64, 68)
+    for tokens, context, known in ((352, 8000, ((352,), (7824,))), (300, 50, ((100,) * 3, (0,) * 3))):
+        shape = PrefillShape(tokens, float(tokens * context))
+        assert cost.prefill_s(shape, at, None)[0] == pytest.approx(cost.prefill_s(PrefillShape.of(*known), at, None)[0])

@@ -175,7 +175,7 @@ def test_steps_beyond_those_priced_have_no_end_yet() -> None:
 
 
 def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
-    """Address and undefined-behaviour sanitizers over every path of csrc/steps.hpp."""
+    """Address and undefined-behaviour sanitizers over every path of csrc/steps.hpp and csrc/waves.hpp."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler is not None
     sanitize = [

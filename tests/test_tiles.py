@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semipd._steps import Waves
 from semipd.points import DecodeWork
 from semipd.ragged import Decodes
 from semipd.tiles import (
@@ -155,6 +157,55 @@ def test_keys_are_split_nearly_as_well_as_was_measured_to_be_best(kind: str, mea
     assert max(ours) < 1.3
     assert np.mean(ours) < mean
     assert np.mean([us / best for _, us, best in found]) > flashinfers
+
+
+def estimate_us(q_lens: np.ndarray, kv_lens: np.ndarray, query_heads: int, kv_heads: int, sms: int) -> np.ndarray:
+    """Of one chunk, two, ...: all tiles and pieces written out, for a head dimension of 128."""
+    group, slots = query_heads // kv_heads, 2 * sms / kv_heads
+    mean = int(q_lens.sum()) * group // len(q_lens)
+    rows, key_us = (128, 0.046) if mean > 64 else (64, 0.032) if mean > 16 else (16, 0.02)
+    tiles = [
+        min(kv, kv - q + -(-(tile + 1) * rows // group))
+        for q, kv in zip(q_lens.tolist(), kv_lens.tolist(), strict=True)
+        for tile in range(-(-q * group // rows))
+    ]
+    even, found = sum(tiles) / slots, []
+    for parts in range(1, 1 + max(1, min(48, max(tiles) // 128))):
+        chunk = -(-max(tiles) // parts)
+        pieces = [1] * len(q_lens) if parts == 1 else [-(-kv // chunk) for kv in kv_lens.tolist()]
+        ctas = sum(-(-q * group // rows) * n for q, n in zip(q_lens.tolist(), pieces, strict=True))
+        busy = max(chunk, min(np.ceil(ctas / slots) * chunk, even + chunk / 2))
+        merging = 8 + 0.1 * sum(q * n for q, n in zip(q_lens.tolist(), pieces, strict=True)) * query_heads / sms
+        found.append(key_us * (even + 0.75 * (busy - even)) + (merging if parts > 1 else 0))
+    return np.array(found)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 30000)), min_size=1, max_size=20),
+    st.sampled_from([(32, 8), (64, 8), (8, 8)]),
+    st.sampled_from([132, 64, 16]),
+)
+def test_the_time_of_attention_is_that_of_the_best_number_of_chunks(
+    batch: list[tuple[int, int]], heads: tuple[int, int], sms: int
+) -> None:
+    q_lens, context = [q for q, _ in batch], [c for _, c in batch]
+    expected = estimate_us(np.array(q_lens), np.array(q_lens) + np.array(context), *heads, sms)
+    waves = Waves(*heads, 128)
+    assert waves.seconds(q_lens, context, sms) == pytest.approx(expected.min() / 1e6)
+    again = pickle.loads(pickle.dumps(waves))
+    assert again.seconds(q_lens, context, sms) == waves.seconds(q_lens, context, sms)
+
+
+@pytest.mark.parametrize("heads", [(8, 0, 128), (4, 8, 128), (8, 8, 0)])
+def test_waves_of_impossible_heads_are_refused(heads: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="heads"):
+        Waves(*heads)
+
+
+@pytest.mark.parametrize(("new", "context", "sms"), [([], [], 132), ([16], [], 132), ([16], [0], 0)])
+def test_waves_of_nothing_are_refused(new: list[int], context: list[int], sms: int) -> None:
+    with pytest.raises(ValueError, match="prompts, and SMs"):
+        Waves(32, 8, 128).seconds(new, context, sms)
 
 
 @given(
