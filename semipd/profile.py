@@ -69,17 +69,24 @@ class Profile(ProfileHeader):
                 layers=self.layers,
                 padded=self.padded,
                 scales=Scales.of(self.weights_bytes, self.kv_bytes_per_token),
-                waves=Waves(*self._heads) if self._heads else None,
+                waves=self._waves(),
                 source=str(self.folder),
             )
         )
 
-    @property
-    def _heads(self) -> tuple[int, int, int] | None:
-        """Query heads, KV heads and their dimension, where the model is described."""
+    def _waves(self) -> Waves | None:
+        """Of the model's attention, where the model is described. Raises InputError for impossible heads."""
         names = ("query_heads", "kv_heads", "head_dim")
-        model = self.model or {}
-        return (model[names[0]], model[names[1]], model[names[2]]) if all(name in model for name in names) else None
+        if self.model is None or not all(name in self.model for name in names):
+            return None
+        heads = [self.model[name] for name in names]
+        try:
+            return Waves(*heads)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{self.folder / 'profile.json'}: model: found {', '.join(names)} of {', '.join(map(repr, heads))}; "
+                "expected numbers from one on, of query heads no fewer than of KV heads"
+            ) from None
 
     def prefill_backend(self, sms: int) -> str:
         """The attention kernel that prefill on a partition was measured with; of several the one fastest most often.

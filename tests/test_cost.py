@@ -750,3 +750,10 @@ def test_a_batch_whose_prompts_are_not_known_is_priced_as_equal_ones() -> None:
     for tokens, context, known in ((352, 8000, ((352,), (7824,))), (300, 50, ((100,) * 3, (0,) * 3))):
         shape = PrefillShape(tokens, float(tokens * context))
         assert cost.prefill_s(shape, at, None)[0] == pytest.approx(cost.prefill_s(PrefillShape.of(*known), at, None)[0])
+
+
+@pytest.mark.parametrize("heads", [(8, 32, 128), ("32", 8, 128), (32, 8, 0)])
+def test_impossible_heads_of_a_profiles_model_are_an_error_that_names_the_file(heads: tuple[object, int, int]) -> None:
+    model = dict(zip(("query_heads", "kv_heads", "head_dim"), heads, strict=True))
+    with pytest.raises(InputError, match=r"profile.json: model: found query_heads, kv_heads, head_dim of "):
+        replace(load_profile("h200/llama-3-8b"), model=model).cost()
