@@ -164,8 +164,8 @@ class CudaStream:
     def use(self) -> Iterator[None]:
         """See ``Stream``. torch's own context asks for the current device and stream first, which takes longer."""
         self._using.append(self._stream)
-        torch.cuda.set_stream(self._stream)
         try:
+            torch.cuda.set_stream(self._stream)
             yield
         finally:
             self._using.pop()
