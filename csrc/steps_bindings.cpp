@@ -3,8 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
-
 #include "steps.hpp"
 #include "waves.hpp"
 
@@ -56,28 +54,36 @@ PYBIND11_MODULE(_steps, m) {
             }));
 
     using Lengths = std::vector<std::int64_t>;
+    m.attr("CTAS_OF_SM") = semipd::CTAS_OF_SM;
     py::class_<Waves>(m, "Waves")
-        .def(py::init<std::int64_t, std::int64_t, std::int64_t>(), py::arg("query_heads"),
-             py::arg("kv_heads"), py::arg("head_dim"))
+        .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t>(), py::arg("query_heads"),
+             py::arg("kv_heads"), py::arg("head_dim"), py::arg("workspace_bytes"))
+        .def("tile_rows", &Waves::tile_rows, py::arg("new_tokens"))
+        .def("partial_bytes", &Waves::partial_bytes, py::arg("rows"))
         .def(
             "chunks",
-            [](const Waves& waves, const Lengths& new_tokens, const Lengths& kv_lens, std::int64_t sms,
-               double workspace_bytes) { return waves.best(new_tokens, kv_lens, sms, workspace_bytes).ctas; },
-            py::arg("new_tokens"), py::arg("kv_lens"), py::arg("sms"), py::arg("workspace_bytes"))
+            [](const Waves& waves, const Lengths& new_tokens, const Lengths& kv_lens, std::int64_t sms) {
+                return waves.best(new_tokens, kv_lens, sms).ctas;
+            },
+            py::arg("new_tokens"), py::arg("kv_lens"), py::arg("sms"))
         .def(
             "seconds",
             [](const Waves& waves, const Lengths& new_tokens, const Lengths& context_lens, std::int64_t sms) {
                 Lengths kv_lens(context_lens);
                 for (std::size_t i = 0; i < std::min(kv_lens.size(), new_tokens.size()); ++i)
                     kv_lens[i] += new_tokens[i];
-                return waves.best(new_tokens, kv_lens, sms, std::numeric_limits<double>::infinity()).us / 1e6;
+                return waves.best(new_tokens, kv_lens, sms).us / 1e6;
             },
             py::arg("new_tokens"), py::arg("context_lens"), py::arg("sms"))
-        .def(py::pickle([](const Waves& w) { return py::make_tuple(w.query_heads, w.kv_heads, w.head_dim); },
-                        [](const py::tuple& state) {
-                            return Waves(state[0].cast<std::int64_t>(), state[1].cast<std::int64_t>(),
-                                         state[2].cast<std::int64_t>());
-                        }));
+        .def(py::pickle(
+            [](const Waves& waves) {
+                return py::make_tuple(waves.query_heads, waves.kv_heads, waves.head_dim,
+                                      waves.workspace_bytes);
+            },
+            [](const py::tuple& state) {
+                return Waves(state[0].cast<std::int64_t>(), state[1].cast<std::int64_t>(),
+                             state[2].cast<std::int64_t>(), state[3].cast<std::int64_t>());
+            }));
 
     py::class_<Grid>(m, "Grid")
         .def(py::init([](std::vector<Axis> axes, const Floats& values) {

@@ -28,12 +28,16 @@ constexpr std::int64_t CHUNK_SIZES = 48, LEAST_CHUNK = 128;
 
 class Waves {
   public:
-    Waves(std::int64_t query_heads, std::int64_t kv_heads, std::int64_t head_dim)
-        : query_heads(query_heads), kv_heads(kv_heads), head_dim(head_dim) {
-        if (kv_heads < 1 || query_heads < kv_heads || head_dim < 1) throw std::invalid_argument("heads");
+    Waves(std::int64_t query_heads, std::int64_t kv_heads, std::int64_t head_dim,
+          std::int64_t workspace_bytes)
+        : query_heads(query_heads), kv_heads(kv_heads), head_dim(head_dim), workspace_bytes(workspace_bytes) {
+        if (kv_heads < 1 || query_heads < kv_heads || head_dim < 1 || workspace_bytes < 0)
+            throw std::invalid_argument("impossible heads, or no workspace");
     }
 
+    // Of a tile, which has one row for each token and each query head of its KV head.
     std::int64_t tile_rows(const std::vector<std::int64_t>& new_tokens) const {
+        if (new_tokens.empty()) throw std::invalid_argument("expected prompts");
         std::int64_t tokens = 0;
         for (const auto each : new_tokens) tokens += each;
         const auto rows = tokens * group() / static_cast<std::int64_t>(new_tokens.size());
@@ -44,7 +48,7 @@ class Waves {
     // and a part of a chunk (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969, has a whole
     // one), and merging.
     Split best(const std::vector<std::int64_t>& new_tokens, const std::vector<std::int64_t>& kv_lens,
-               std::int64_t sms, double workspace_bytes) const {
+               std::int64_t sms) const {
         const auto n = new_tokens.size();
         if (n == 0 || kv_lens.size() != n || sms < 1)
             throw std::invalid_argument("expected prompts, and SMs");
@@ -62,7 +66,8 @@ class Waves {
             }
         }
         const double slots = static_cast<double>(CTAS_OF_SM * sms) / static_cast<double>(kv_heads);
-        const double even = keys / slots, room = workspace_bytes / partial_bytes(rows);
+        const double even = keys / slots;
+        const auto room = workspace_bytes / partial_bytes(rows);
         Split best{0.0, 0};
         const auto most = std::max<std::int64_t>(1, std::min(CHUNK_SIZES, longest / LEAST_CHUNK));
         for (std::int64_t parts = 1; parts <= most; ++parts) {
@@ -78,7 +83,7 @@ class Waves {
             const double busy = std::max(size, std::min(waves, even + LAST_WAVE * size));
             double us = key_us(rows) * (even + ALONE * (busy - even));
             if (parts > 1) {
-                if (static_cast<double>(ctas) > std::floor(room)) continue;
+                if (ctas > room) continue;
                 us += MERGE_US + MERGE_ROW_US * static_cast<double>(partial_rows * query_heads) /
                                      static_cast<double>(sms);
             }
@@ -89,11 +94,9 @@ class Waves {
 
     // What flashinfer's planner sets aside for the results of as many CTAs as there are KV heads: float32,
     // and a sum.
-    double partial_bytes(std::int64_t rows) const {
-        return 4.0 * static_cast<double>(query_heads * rows * (head_dim + 1));
-    }
+    std::int64_t partial_bytes(std::int64_t rows) const { return 4 * query_heads * rows * (head_dim + 1); }
 
-    std::int64_t query_heads, kv_heads, head_dim;
+    std::int64_t query_heads, kv_heads, head_dim, workspace_bytes;
 
   private:
     std::int64_t group() const { return query_heads / kv_heads; }

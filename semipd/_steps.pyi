@@ -17,15 +17,22 @@ class Axis:
     @property
     def high(self) -> float: ...
 
+CTAS_OF_SM: int
+"""Of flashinfer's fa2 kernels that an SM runs at once."""
+
 class Waves:
     """Attention of prompts by flashinfer's fa2 kernel: where its keys are best split, and how long it takes.
 
-    Its constants are an H200's (docs/results/split-kv.md). Can be pickled. Raises ValueError for impossible heads, and
-    for no prompts or SMs.
+    Its constants are an H200's (docs/results/split-kv.md). ``workspace_bytes``: room for partial results. Can be
+    pickled. Raises ValueError for impossible heads, and for no prompts or SMs.
     """
 
-    def __init__(self, query_heads: int, kv_heads: int, head_dim: int) -> None: ...
-    def chunks(self, new_tokens: Sequence[int], kv_lens: Sequence[int], sms: int, workspace_bytes: float) -> int:
+    def __init__(self, query_heads: int, kv_heads: int, head_dim: int, workspace_bytes: int) -> None: ...
+    def tile_rows(self, new_tokens: Sequence[int]) -> int:
+        """Rows of a tile, which has one for each token and each query head that shares keys."""
+    def partial_bytes(self, rows: int) -> int:
+        """What flashinfer's planner sets aside for partial results of a tile of each KV head, in float32 with a sum."""
+    def chunks(self, new_tokens: Sequence[int], kv_lens: Sequence[int], sms: int) -> int:
         """See ``semipd.tiles.prefill_chunks``."""
     def seconds(self, new_tokens: Sequence[int], context_lens: Sequence[int], sms: int) -> float:
         """An estimate for one layer, of what depends on how tiles and keys are dealt."""

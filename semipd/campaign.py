@@ -27,6 +27,7 @@ from semipd.stopwatch import Stopwatch
 from semipd.table_cost import TableCost
 from semipd.table_files import TableWriter
 from semipd.tables import Scales, Tables
+from semipd.tiles import SplitKeys
 
 ALONE_SHARE = 0.5
 """Of the time for refinement, what the phases alone may take: all other tables are multiples of theirs."""
@@ -37,8 +38,8 @@ class Subject:
     """What is measured: a model on a device, behind an executor.
 
     ``forget``: see ``Stopwatch``. ``backends``: attention kernels that prefill may use; ``use_backend`` has those of a
-    size of partition use one of them. ``padded``: what the executor pads batches to. ``decode_backend``,
-    ``mixed_backend``: names of the other kernels.
+    size of partition use one of them. ``padded``: what the executor pads batches to. ``split_keys``: how
+    it splits keys of prefill, if that is known. ``decode_backend``, ``mixed_backend``: names of the other kernels.
     """
 
     executor: Executor
@@ -49,6 +50,7 @@ class Subject:
     backends: tuple[str, ...] = ("torch",)
     use_backend: Callable[[int, str], None] = lambda sms, name: None  # noqa: ARG005 - there is one
     padded: Padded = NOT_PADDED
+    split_keys: SplitKeys | None = None
     decode_backend: str = "torch"
     mixed_backend: str = "torch"
 
@@ -205,6 +207,7 @@ class Campaign:
             points["prefill"], points["decode"], points["hybrid"], points.get("mixed", ()),
             device_sms=self._subject.device_sms, layers=self._subject.model.layers, padded=self._subject.padded,
             scales=Scales.of(self._subject.model.weights_bytes, self._subject.model.kv_bytes_per_token),
+            waves=self._subject.split_keys.waves if self._subject.split_keys else None,
         )  # fmt: skip
         return TableCost(tables)
 
@@ -251,5 +254,6 @@ def write_header(out: Path, subject: Subject, about: dict[str, object], host: Ov
         overheads=host,
         padded=subject.padded,
         model=model.model_dump(mode="json"),
+        split_keys=subject.split_keys,
     )
     (out / "profile.json").write_text(json.dumps(asdict(header), indent=1) + "\n", encoding="utf-8")

@@ -52,7 +52,7 @@ class CostModel(Protocol):
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one layer on ``at``'s prefill partition, alone or beside a decode batch.
 
-        The flag says whether the look-up fell outside the measured grid (and was clamped to its edge).
+        The flag says whether the look-up fell outside the measured grid (and was clamped to its edge, but for dealing).
         Raises KeyError for a partition that was not measured.
         """
         ...

@@ -9,15 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semipd._steps import CTAS_OF_SM
 from semipd.attention import AttentionPlan
 from semipd.core import IntArray
 from semipd.model_config import ModelConfig
 from semipd.paged_kv import PagedKvCache, Ragged
-from semipd.tiles import CTAS_OF_SM, balance, decode_chunks, decode_workspace_bytes, prefill_chunks
+from semipd.tiles import (
+    ALIGNING_BYTES,
+    PREFILL_WORKSPACE_BYTES,
+    balance,
+    decode_chunks,
+    decode_workspace_bytes,
+    prefill_chunks,
+)
 
 BACKENDS = ("fa2", "fa3", "fa3-sized")
-PREFILL_WORKSPACE_BYTES = 640 << 20
-"""For partial results of split keys: of 316 tiles of 128 rows, 32 heads; 4,096 tokens and 96 sequences need 290."""
 
 
 class FlashinferAttention:
@@ -220,7 +226,7 @@ class FlashinferPrefill:
         ) = views[1]
         wrapper._qo_indptr_last = batch.rows
         shape = config.query_heads, config.kv_heads, config.head_dim
-        room = PREFILL_WORKSPACE_BYTES - (1 << 20)  # each of its parts is aligned
+        room = PREFILL_WORKSPACE_BYTES - ALIGNING_BYTES
         chunks = prefill_chunks(batch.q_lens, batch.kv_lens, *shape, self._sms, room)
         _plan_fa2(wrapper, config, batch, (views[0][0], views[0][1]), chunks)
 

@@ -28,6 +28,17 @@ class Spread:
         return Spread(len(times_ms), median, p10, p90)
 
 
+def fewest_prompts(tokens: int, mean_context: float) -> int:
+    """Of prompts with so many tokens together, none of which is longer than twice the mean context."""
+    return -(-tokens // max(1, int(2 * mean_context)))
+
+
+def equal_prompts(tokens: int, mean_context: float) -> int:
+    """One, or the fewest that are equal and of an even number of tokens each; 0 when twice as many are not enough."""
+    fewest = fewest_prompts(tokens, mean_context)
+    return next((n for n in range(fewest, 2 * fewest + 1) if n == 1 or tokens % (2 * n) == 0), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillWork:
     """A prefill batch to measure: ``seqs`` prompts of ``seq_tokens`` new tokens after ``seq_context`` cached ones.
@@ -50,14 +61,10 @@ class PrefillWork:
         the mean context there are as many more as it takes to make them short enough and equal. Raises InputError
         when no number from the fewest to twice as many deals them evenly.
         """
-        most = 2 * mean_context
-        if tokens <= most:
-            return PrefillWork(tokens, mean_context, 1, tokens, mean_context - tokens // 2)
-        fewest = -(-tokens // most)
-        for seqs in range(fewest, 2 * fewest + 1):
-            if tokens % (2 * seqs) == 0:
-                each = tokens // seqs
-                return PrefillWork(tokens, mean_context, seqs, each, mean_context - each // 2)
+        if seqs := equal_prompts(tokens, mean_context):
+            each = tokens // seqs
+            return PrefillWork(tokens, mean_context, seqs, each, mean_context - each // 2)
+        fewest = fewest_prompts(tokens, mean_context)
         raise InputError(
             f"prefill grid: tokens {tokens}: found no {fewest} to {2 * fewest} equal prompts of an even number of "
             f"tokens, at most twice the mean context {mean_context}; expected a number of tokens that can be dealt so"

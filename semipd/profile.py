@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from semipd._steps import Waves
 from semipd.core import InputError
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
@@ -17,6 +16,7 @@ from semipd.points import DecodePoint, HybridPoint, MixedPoint, Point, PrefillPo
 from semipd.table_cost import TableCost
 from semipd.table_files import SweepTable, read_points, read_provenance, read_table
 from semipd.tables import Scales, Tables
+from semipd.tiles import SplitKeys
 
 Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -28,8 +28,8 @@ class ProfileHeader:
 
     ``layers`` is how many layers the model has; the tables hold one layer's times. ``kv_bytes_per_token`` counts all
     layers. The KV cache gets what ``weights_bytes`` leave of ``device_memory_bytes``. ``overheads``: host time that is
-    in no table; none when the file says nothing. ``padded``: the sizes that batches were padded to. ``model``: what was
-    run, as in configs/models, if it was a model.
+    in no table; none when the file says nothing. ``padded``: the sizes that batches were padded to. ``split_keys``: by
+    which rule, if it is known. ``model``: what was run, as in configs/models, if it was a model.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -45,6 +45,7 @@ class ProfileHeader:
     overheads: Overheads = NO_OVERHEADS
     padded: Padded = NOT_PADDED
     model: dict[str, Any] | None = None
+    split_keys: SplitKeys | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +70,10 @@ class Profile(ProfileHeader):
                 layers=self.layers,
                 padded=self.padded,
                 scales=Scales.of(self.weights_bytes, self.kv_bytes_per_token),
-                waves=self._waves(),
+                waves=self.split_keys.waves if self.split_keys else None,
                 source=str(self.folder),
             )
         )
-
-    def _waves(self) -> Waves | None:
-        """Of the model's attention, where the model is described. Raises InputError for impossible heads."""
-        names = ("query_heads", "kv_heads", "head_dim")
-        if self.model is None or not all(name in self.model for name in names):
-            return None
-        heads = [self.model[name] for name in names]
-        try:
-            return Waves(*heads)
-        except (TypeError, ValueError):
-            raise InputError(
-                f"{self.folder / 'profile.json'}: model: found {', '.join(names)} of {', '.join(map(repr, heads))}; "
-                "expected numbers from one on, of query heads no fewer than of KV heads"
-            ) from None
 
     def prefill_backend(self, sms: int) -> str:
         """The attention kernel that prefill on a partition was measured with; of several the one fastest most often.
@@ -153,7 +140,7 @@ def _header(path: Path) -> ProfileHeader:
         if first["type"] == "missing":
             raise InputError(f"{path}: {field}: missing; expected a value") from None
         if first["type"] == "unexpected_keyword_argument":
-            nested = {"overheads": Overheads, "padded": Padded}
+            nested = {"overheads": Overheads, "padded": Padded, "split_keys": SplitKeys}
             of = nested.get(str(first["loc"][0]), ProfileHeader) if len(first["loc"]) > 1 else ProfileHeader
             names = ", ".join(name.name for name in fields(of))
             raise InputError(f"{path}: {field}: unknown; expected only {names}") from None

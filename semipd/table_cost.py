@@ -9,10 +9,13 @@ from typing import TypeVar
 
 from semipd._steps import Axis, Curve, Grid
 from semipd.core import Allocation, DecodeShape, FloatArray, Mode, PrefillShape
-from semipd.tables import SHARED, Contention, Dealing, DecodeCurves, Tables, equal_prompts
+from semipd.tables import SHARED, Contention, Dealing, DecodeCurves, Tables, typical_prompts
 
 CURVES = 4096
 """Decode curves that a ``TableCost`` keeps, of about 0.5 kB each; the least recently used goes first."""
+
+FUSED = 0
+"""In place of the SMs of a partition: attention of a fused step, which is dealt with that of decode."""
 
 T = TypeVar("T")
 
@@ -41,8 +44,7 @@ class TableCost:
         self._decode: dict[int, DecodeCurves] = tables.decode
         self._contention: dict[Allocation, Contention] = tables.contention
         self._fused: Grid | None = tables.fused
-        # Of a prompt's last tile, on average; where dealing is known, it has counted the tiles.
-        self._spare_queries: float = 0.0 if tables.dealing else (tables.queries - 1) / 2
+        self._spare_queries: float = (tables.queries - 1) / 2  # of a prompt's last tile
         self._fused_rows: Grid = tables.fused_rows
         # What was looked up before.
         self._curve = lru_cache(maxsize=CURVES)(self._decode_curve)
@@ -66,7 +68,7 @@ class TableCost:
 
     def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
         """Seconds of one layer, alone or beside a decode batch; see ``CostModel.prefill_s``."""
-        tokens, context = shape.tokens, self._context(shape)
+        tokens, context = shape.tokens, self._context(shape, at.prefill_sms)
         if beside is None:
             seconds, outside = _partition(self._prefill, at.prefill_sms, "prefill").number(tokens, context)
             return seconds + self._beyond_s(shape, context, at.prefill_sms), outside
@@ -82,7 +84,7 @@ class TableCost:
             return 0.0
         if shape.new_tokens:
             return dealing.beyond_s(shape.tokens, context, shape.new_tokens, shape.context_lens)
-        new_tokens, context_lens = equal_prompts(shape.tokens, context)
+        new_tokens, context_lens = typical_prompts(shape.tokens, context)
         return dealing.beyond_s(shape.tokens, context, new_tokens, context_lens)
 
     def decode_s(
@@ -95,7 +97,7 @@ class TableCost:
         """Seconds of one fused step; see ``CostModel.mixed_s``."""
         if self._fused is None:
             raise KeyError(f"fused batches were not measured: {self.refused[Mode.MIXED]}")
-        place = chunk.tokens, self._context(chunk)
+        place = chunk.tokens, self._context(chunk, self.device_sms if decode is None else FUSED)
         if decode is None:
             layer_s, outside = self._prefill[self.device_sms].number(*place)
             layer_s += self._beyond_s(chunk, place[1], self.device_sms)
@@ -125,7 +127,8 @@ class TableCost:
         self, own: PrefillShape | DecodeShape, at: Allocation, beside: PrefillShape | DecodeShape | None
     ) -> Iterator[tuple[str, dict[str, Axis], dict[str, float]]]:
         """Tables that price this, the axes of each, and what is looked up."""
-        sought = self._numbers(own) | (self._numbers(beside) if beside is not None else {})
+        sms = FUSED if at.mode is Mode.MIXED and beside is not None else at.prefill_sms
+        sought = self._numbers(own, sms) | (self._numbers(beside, sms) if beside is not None else {})
         if isinstance(own, PrefillShape):
             yield "prefill.csv", dict(zip(SHARED[:2], self._prefill[at.prefill_sms].axes, strict=True)), sought
         if isinstance(own, DecodeShape) or (at.mode is Mode.MIXED and beside is not None):
@@ -144,7 +147,7 @@ class TableCost:
             layer_s, outside = solo.at_batch.vector(batch)
             return Curve(solo.kv_tokens, layer_s * self.layers, solo.kv.low, solo.kv.high, outside)
         shared = self._sharing(at)
-        alone, tokens, context = self._alone(batch, at), beside.tokens, self._context(beside)
+        alone, tokens, context = self._alone(batch, at), beside.tokens, self._context(beside, at.prefill_sms)
         return alone.at_speed(shared.decode, shared.low, shared.high, tokens, context, batch)
 
     def _decode_alone(self, batch: int, at: Allocation) -> Curve:
@@ -153,20 +156,23 @@ class TableCost:
         layer_s, outside = shared.solo.vector(batch)
         return Curve(shared.kv_tokens, layer_s * self.layers, shared.low, shared.high, outside)
 
-    def _context(self, shape: PrefillShape) -> float:
-        """Mean context of a prefill batch as attention computes it.
+    def _context(self, shape: PrefillShape, sms: int) -> float:
+        """Mean context of a prefill batch as attention computes it on a partition, or in a fused step.
 
-        A prompt counts for half a tile of queries more, unless there have to be so many: of prompts without cached
-        tokens the longest that have this mean context, of others one. Such batches the tables hold.
+        Where it is known how tiles are dealt, these are counted there. Else a prompt counts for half a tile of queries
+        more, unless there have to be so many: of prompts without cached tokens the longest that have this mean context,
+        of others one. Such batches the tables hold.
         """
         mean, tokens = shape.mean_context, shape.tokens
+        if sms in self._dealing:
+            return mean
         fewest = ceil(tokens / (2 * mean)) if mean else 1
         return mean + self._spare_queries * max(0.0, shape.contexts - fewest * mean) / max(1, tokens)
 
-    def _numbers(self, shape: PrefillShape | DecodeShape) -> dict[str, float]:
+    def _numbers(self, shape: PrefillShape | DecodeShape, sms: int) -> dict[str, float]:
         """By the names of the axes."""
         if isinstance(shape, PrefillShape):
-            return {"tokens": shape.tokens, "mean_context": self._context(shape)}
+            return {"tokens": shape.tokens, "mean_context": self._context(shape, sms)}
         return {"batch": shape.batch, "kv_tokens": shape.kv_tokens}
 
     def _sharing(self, at: Allocation) -> Contention:

@@ -14,7 +14,7 @@ from semipd._steps import Axis, Grid, Waves
 from semipd.core import Allocation, FloatArray, InputError, Mode
 from semipd.grid import arranged, axis, axis_values, completed, sparse_values
 from semipd.padding import NOT_PADDED, Padded
-from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, equal_prompts, fewest_prompts
 
 FILLS_TOKENS = 2048
 """Prefill tokens that fill every partition for several waves; more of them last longer but contend no more."""
@@ -110,11 +110,9 @@ class Dealing:
         return self.waves.seconds(new_tokens, context_lens, self.sms) - self.table_s.number(tokens, context)[0]
 
 
-def equal_prompts(tokens: int, mean_context: float) -> tuple[list[int], list[int]]:
-    """New and cached tokens of the fewest equal prompts that have this mean context: what tables are measured with."""
-    most = max(1, int(2 * mean_context))
-    fewest = -(-tokens // most)
-    seqs = next((n for n in range(fewest, 2 * fewest + 1) if n == 1 or tokens % (2 * n) == 0), fewest)
+def typical_prompts(tokens: int, mean_context: float) -> tuple[list[int], list[int]]:
+    """New and cached tokens of as many prompts as tables are measured with at this place, about equal."""
+    seqs = equal_prompts(tokens, mean_context) or fewest_prompts(tokens, mean_context)
     new = [tokens // seqs + (i < tokens % seqs) for i in range(seqs)]
     return new, [max(0, round(mean_context - q // 2)) for q in new]
 
@@ -383,7 +381,7 @@ def _contention(
         b: dict(zip(kv, np.interp(kv, decode.kv_tokens, decode.at_batch.vector(b)[0]), strict=True)) for b in batches
     }
     prefill_s = {
-        (t, m): alone.number(t, m)[0] + (dealing.beyond_s(t, m, *equal_prompts(t, m)) if dealing else 0.0)
+        (t, m): alone.number(t, m)[0] + (dealing.beyond_s(t, m, *typical_prompts(t, m)) if dealing else 0.0)
         for t, m in {place[:2] for place in best}
     }
     straight = [np.log2(np.array(v) + offsets.get(name, 0.0)) for name, v in zip(SHARED, values, strict=True)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from semipd._steps import Waves
+from semipd._steps import CTAS_OF_SM, Waves
 from semipd.core import IntArray
 
 FA3_HEAD_DIM = 128
@@ -50,31 +51,54 @@ def balance(seq_tokens: list[int], kv_lens: list[int], heads: int, group: int, c
     return TileList(flat[:, 0], flat[:, 1], flat[:, 2], indptr)
 
 
-CTAS_OF_SM = 2
-"""Of flashinfer's fa2 kernels that an SM runs at once."""
+PREFILL_WORKSPACE_BYTES = 640 << 20
+"""For partial results of split keys: of 316 tiles of 128 rows, 32 heads; 4,096 tokens and 96 sequences need 290.
+
+Of 64 heads there is room for half as many.
+"""
+
+ALIGNING_BYTES = 1 << 20
+"""Of a workspace, left for the alignment of its parts."""
 
 
-def fa2_tile_rows(q_lens: IntArray, group: int, head_dim: int) -> int:
-    """Rows of a tile of flashinfer's fa2 kernel, which has one for each token and each of ``group`` query heads."""
-    rows = int(q_lens.sum()) * group // len(q_lens)
-    return 128 if rows > 64 and head_dim < 256 else 64 if rows > 16 else 16
+@dataclass(frozen=True, kw_only=True)
+class SplitKeys:
+    """How keys of prefill by fa2 were split when a profile was measured: by ``prefill_chunks``, of these heads.
 
-
-def partial_bytes(query_heads: int, rows: int, head_dim: int) -> int:
-    """What flashinfer's planner sets aside for the results of as many CTAs as there are KV heads, of so many rows each.
-
-    In float32, with the logarithm of each row's sum of exponentials.
+    ``rule``: it and its constants in csrc/waves.hpp; with another one times are other ones. ``workspace_bytes``: for
+    partial results. Raises ValueError for impossible heads.
     """
-    return 4 * query_heads * rows * (head_dim + 1)
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, in profiles
+
+    rule: Literal["waves-1"] = "waves-1"
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    workspace_bytes: int = PREFILL_WORKSPACE_BYTES - ALIGNING_BYTES
+
+    def __post_init__(self) -> None:
+        heads = self.query_heads, self.kv_heads, self.head_dim
+        if min(heads) < 1 or self.query_heads < self.kv_heads or self.workspace_bytes < 0:
+            found = ", ".join(map(str, (*heads, self.workspace_bytes)))
+            raise ValueError(
+                f"query_heads, kv_heads, head_dim, workspace_bytes: found {found}; expected numbers from one on, of "
+                "query heads no fewer than of KV heads, and bytes"
+            )
+
+    @property
+    def waves(self) -> Waves:
+        """What estimates the time that depends on it."""
+        return Waves(self.query_heads, self.kv_heads, self.head_dim, self.workspace_bytes)
 
 
 def decode_workspace_bytes(sequences: int, query_heads: int, kv_heads: int, head_dim: int, device_sms: int) -> int:
     """For decode plans of at most so many sequences; with CUDA graphs they have some more tiles than sequences."""
-    group = query_heads // kv_heads
-    rows = fa2_tile_rows(np.ones(1, np.int64), group, head_dim)
-    tiles = -(-sequences * group // rows) + sequences - 1
+    waves = Waves(query_heads, kv_heads, head_dim, 0)
+    rows = waves.tile_rows([1])
+    tiles = -(-sequences * (query_heads // kv_heads) // rows) + sequences - 1
     chunks = max(tiles, decode_chunks(sequences, kv_heads, device_sms, device_sms))
-    return (1 << 20) + chunks * partial_bytes(query_heads, rows, head_dim)
+    return ALIGNING_BYTES + chunks * waves.partial_bytes(rows)
 
 
 def decode_chunks(sequences: int, kv_heads: int, sms: int, device_sms: int) -> int:
@@ -112,6 +136,8 @@ def prefill_chunks(
         head_dim: Of the model.
         sms: Of the partition.
         workspace_bytes: For partial results.
+
+    Raises ValueError for no sequences.
     """
-    waves = Waves(query_heads, kv_heads, head_dim)
-    return waves.chunks(q_lens.tolist(), kv_lens.tolist(), sms, float(workspace_bytes))
+    waves = Waves(query_heads, kv_heads, head_dim, workspace_bytes)
+    return waves.chunks(q_lens.tolist(), kv_lens.tolist(), sms)

@@ -62,8 +62,8 @@ double attention(Random& random) {
         tokens[i] = pick(random, 1, 400);
         kv_lens[i] = tokens[i] + pick(random, 0, 4000);
     }
-    const semipd::Waves waves(32, pick(random, 1, 32), pick(random, 1, 300));
-    return waves.best(tokens, kv_lens, pick(random, 1, 132), pick(random, 0, 1 << 28)).us;
+    const semipd::Waves waves(32, pick(random, 1, 32), pick(random, 1, 300), pick(random, 0, 1 << 28));
+    return waves.best(tokens, kv_lens, pick(random, 1, 132)).us;
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from closed_form_cost import ClosedFormCost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semipd._steps import Waves
 from semipd.areas import AXES, HOST_S, Area, Cell, areas_of, blocks_of, expected_s, fitting, snapped
 from semipd.campaign import Measured, Subject, measure_profile
 from semipd.config import build
@@ -36,6 +37,7 @@ from semipd.sim import SimExecutor
 from semipd.table_cost import TableCost
 from semipd.table_files import read_points
 from semipd.tables import Scales, Tables
+from semipd.tiles import SplitKeys
 
 MODEL = ModelConfig(
     hidden_size=32, layers=4, query_heads=4, kv_heads=2, head_dim=8, intermediate_size=64, vocab_size=199,
@@ -317,6 +319,28 @@ def test_what_batches_are_padded_to_is_written_and_used(tmp_path: Path) -> None:
     whole = Allocation(Mode.EXCLUSIVE, 32, 32)
     seconds = [loaded.cost().prefill_s(PrefillShape(t, t * 64.0), whole, None)[0] for t in (17, 512)]
     assert seconds[0] == seconds[1]
+
+
+@dataclass(frozen=True)
+class OnlyWaves(ClosedFormCost):
+    """Prefill takes a constant time, and what dealing its tiles to the SMs makes of attention."""
+
+    waves: Waves = SplitKeys(query_heads=32, kv_heads=8, head_dim=128).waves
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        """Beside decode, too."""
+        del beside
+        return 1e-5 + self.waves.seconds(shape.new_tokens, shape.context_lens, at.prefill_sms), False
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_known_of_dealing_is_written_and_refined_by(tmp_path: Path, known: bool) -> None:
+    """Points are added where the cost model errs that will be used: not where dealing explains the time."""
+    split_keys = SplitKeys(query_heads=32, kv_heads=8, head_dim=128) if known else None
+    of = subject(OnlyWaves(scales=SCALES), backends=("fa2",), split_keys=split_keys)
+    tables = measure_profile(of, CONFIG.model_copy(update={"modes": ("split",)}), tmp_path / "p", ABOUT).tables
+    assert load_profile(tmp_path / "p").split_keys == split_keys
+    assert (len(tables["prefill"].points) == POINTS["prefill"]) == known
 
 
 def test_first_points_are_measured_again_and_the_provenance_says_how_far_they_moved(tmp_path: Path) -> None:

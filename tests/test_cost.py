@@ -41,7 +41,6 @@ from synthetic_profile import (
     write_profile,
 )
 
-from semipd._steps import Waves
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
 from semipd.cost import ConstantCost, CostModel, Misjudged
 from semipd.points import DecodePoint, DecodeWork, HybridPoint, MixedPoint, PrefillPoint, PrefillWork
@@ -50,6 +49,7 @@ from semipd.sweep import decode_grid
 from semipd.table_cost import TableCost
 from semipd.table_files import TableWriter
 from semipd.tables import Tables
+from semipd.tiles import SplitKeys
 
 DEVICE = 32
 LAYERS = 4
@@ -575,6 +575,8 @@ def edit(folder: Path, name: str, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+SPLIT_KEYS = {"rule": "waves-1", "query_heads": 32, "kv_heads": 8, "head_dim": 128, "workspace_bytes": 1 << 30}
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no header": (
         lambda f: (f / "profile.json").unlink(),
@@ -588,7 +590,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing field": (lambda f: edit_header(f, layers=None), "profile.json: layers: missing; expected a value"),
     "unknown field": (
         lambda f: edit_header(f, sms=1),
-        "profile.json: sms: unknown; expected only name, .*weights_bytes, overheads, padded, model",
+        "profile.json: sms: unknown; expected only name, .*weights_bytes, overheads, padded, model, split_keys",
     ),
     "unknown overhead": (
         lambda f: edit_header(f, overheads={"start_ms": 1.0}),
@@ -605,6 +607,22 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "padding that descends": (
         lambda f: edit_header(f, padded={"batch": [1, 8, 4]}),
         r"profile.json: padded.batch: found \[1, 8, 4\]; expected ascending sizes from one on",
+    ),
+    "heads that cannot be": (
+        lambda f: edit_header(f, split_keys=SPLIT_KEYS | {"kv_heads": 64}),
+        r"profile.json: split_keys.query_heads, kv_heads, .*: found 32, 64, 128, \d+; expected .* KV heads, and bytes",
+    ),
+    "heads in words": (
+        lambda f: edit_header(f, split_keys=SPLIT_KEYS | {"kv_heads": "8"}),
+        "profile.json: split_keys.kv_heads: found '8'; expected to be a valid integer",
+    ),
+    "a rule of another time": (
+        lambda f: edit_header(f, split_keys=SPLIT_KEYS | {"rule": "waves-0"}),
+        "profile.json: split_keys.rule: found 'waves-0'; expected to be 'waves-1'",
+    ),
+    "unknown of split keys": (
+        lambda f: edit_header(f, split_keys=SPLIT_KEYS | {"sms": 1}),
+        "profile.json: split_keys.sms: unknown; expected only rule, query_heads, kv_heads, head_dim, workspace_bytes",
     ),
     "malformed fused batch": (
         lambda f: ((f / "mixed.csv").write_text("tokens\n"), (f / "mixed.json").write_text("{}")),
@@ -731,7 +749,7 @@ def test_attention_is_priced_by_how_each_prompt_is_dealt_to_the_sms(prompts: lis
     assert seconds == pytest.approx(1e-3 + WAVES.seconds(new, context, sms))
 
 
-WAVES = Waves(32, 8, 128)
+WAVES = SplitKeys(query_heads=32, kv_heads=8, head_dim=128).waves
 
 
 @cache
@@ -752,8 +770,17 @@ def test_a_batch_whose_prompts_are_not_known_is_priced_as_equal_ones() -> None:
         assert cost.prefill_s(shape, at, None)[0] == pytest.approx(cost.prefill_s(PrefillShape.of(*known), at, None)[0])
 
 
-@pytest.mark.parametrize("heads", [(8, 32, 128), ("32", 8, 128), (32, 8, 0)])
-def test_impossible_heads_of_a_profiles_model_are_an_error_that_names_the_file(heads: tuple[object, int, int]) -> None:
-    model = dict(zip(("query_heads", "kv_heads", "head_dim"), heads, strict=True))
-    with pytest.raises(InputError, match=r"profile.json: model: found query_heads, kv_heads, head_dim of "):
-        replace(load_profile("h200/llama-3-8b"), model=model).cost()
+@pytest.mark.parametrize("points", ["some", "none"])
+def test_only_where_it_is_known_how_tiles_are_dealt_nothing_is_added_for_those_that_are_not_full(points: str) -> None:
+    """A partition with another kernel has its half tiles, whatever the others have; so have fused steps."""
+    profile = load_profile("h200/llama-3-8b")
+    prefill = tuple(replace(p, backend="fa3") if points == "none" or p.sms == 64 else p for p in profile.prefill.points)
+    cost = replace(profile, prefill=replace(profile.prefill, points=prefill)).cost()
+    plain = replace(profile, split_keys=None).cost()
+    batch, decode = PrefillShape.of((20,) * 30, (500,) * 30), DecodeShape(8, 512)
+    for sms in (64, 96):
+        at = Allocation(Mode.SPLIT, sms, profile.device_sms - sms)
+        same = cost.prefill_s(batch, at, None) == plain.prefill_s(batch, at, None)
+        assert same == (points == "none" or sms == 64)
+        assert (cost.prefill_s(batch, at, decode) == plain.prefill_s(batch, at, decode)) == same
+    assert cost.mixed_s(batch, decode) == plain.mixed_s(batch, decode)

@@ -117,6 +117,7 @@ def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms:
     from semipd.campaign import Subject
     from semipd.padding import Padded, attention_queries, decode_sizes, prefill_sizes
     from semipd.sequences import pooled_prompts
+    from semipd.tiles import SplitKeys
     from semipd.torch_executor import open_executor
 
     longest = longest_sequence(config)
@@ -144,6 +145,8 @@ def _subject(config: ProfileConfig, model: ModelConfig, device: str, device_sms:
             names = tuple(name for name in config.backends if name != "fa3-sized" or model.head_dim == 128)
             kernels = {"backends": names or ("fa2",), "use_backend": use}
             kernels |= {"decode_backend": "fa2", "mixed_backend": "fa2"}
+            heads = {name: getattr(model, name) for name in ("query_heads", "kv_heads", "head_dim")}
+            kernels["split_keys"] = SplitKeys(**heads)
         padded = Padded(
             batch=decode_sizes(config.max_num_seqs),
             tokens=prefill_sizes(config.max_num_batched_tokens),

@@ -22,7 +22,7 @@ MARKS = {Source.MEASURED: "", Source.INTERPOLATED: "~", Source.OUTSIDE: "!"}
 
 MARKS_NOTE = (
     "Times and rates without a mark were measured, or computed from measured ones. ~ interpolated between measured "
-    "points. ! outside the measured grid: clamped to its edge, so too cheap above it."
+    "points. ! outside the measured grid: taken from its edge, so too cheap above it."
 )
 
 TAKE = "★"
