@@ -67,14 +67,14 @@ class ProfileConfig(Strict):
     capped_sms: tuple[Positive, ...] = (64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
     prefill: PrefillAxes = PrefillAxes(
-        tokens=(16, 64, 128, 256, 512, 1024, 4096, 8192), mean_context=(64, 1024, 4096, 16384, 32768)
+        tokens=(16, 128, 512, 1024, 4096, 8192), mean_context=(64, 1024, 4096, 16384, 32768)
     )
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 8, 24, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = decode_sizes(256)
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 256), kv_tokens=(512, 524288))
-    both_more: More = More(tokens=(96, 1920), batch=(32, 96))
+    both_more: More = More(tokens=(96, 640, 1920), batch=(32, 96))
     mixed_more: More = More(tokens=(96, 1024, 1920), mean_context=(4096,), batch=(32, 96), kv_tokens=(32768, 131072))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03

@@ -196,11 +196,9 @@ class Tables:
                 raise InputError(f"{source}/{table}: sms: {device_sms} not found; expected it, being the whole device")
         by_mode = _grouped(hybrid, lambda p: p.mode)
 
-        stairs_to = padded.tokens[-1] if padded.tokens else None
-
         def shared(mode: Mode) -> dict[Allocation, Contention]:
             points = by_mode.get(mode.value, ())
-            return _shared(mode, points, prefill_alone, dealing, decode_of, device_sms, scales, stairs_to, source)
+            return _shared(mode, points, prefill_alone, dealing, decode_of, device_sms, scales, padded, source)
 
         refused: dict[Mode, str] = {}
 
@@ -239,7 +237,7 @@ def _shared(
     decode: Mapping[int, DecodeCurves],
     device_sms: int,
     scales: Scales,
-    stairs_to: int | None,
+    padded: Padded,
     source: str,
 ) -> dict[Allocation, Contention]:
     """Contention in every allocation of a mode. Raises InputError as ``Tables.of`` does."""
@@ -263,7 +261,7 @@ def _shared(
                 raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, for {name} of hybrid.csv")
         alone = prefill[prefill_sms], dealing.get(prefill_sms), decode[decode_sms]
         rows = shared[prefill_sms, decode_sms]
-        found[at] = _contention(rows, *alone, scales, stairs_to, f"{source}/hybrid.csv: {name}")
+        found[at] = _contention(rows, *alone, scales, padded, f"{source}/hybrid.csv: {name}")
     return found
 
 
@@ -357,13 +355,14 @@ def _contention(
     dealing: Dealing | None,
     decode: DecodeCurves,
     scales: Scales,
-    stairs_to: int | None,
+    padded: Padded,
     where: str,
 ) -> Contention:
     """Speeds at one split: the solo time there, which may lie between solo points, over the measured time.
 
     They follow the logarithms of the tokens, of the batch, and of what both phases have to do for each: matrix products
-    and attention. Where several prefill backends were measured, the row of the fastest counts for both phases.
+    and attention. To prefill, a decode batch is as large as it is padded to: its kernels are those of that size. Where
+    several prefill backends were measured, the row of the fastest counts for both phases.
     """
     best = _fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
     grid = sparse_values(best, SHARED, where)
@@ -373,7 +372,7 @@ def _contention(
     if values[0][-1] >= FILLS_TOKENS:
         axes[0] = axis("tokens", values[0], log=True, high=prefill[0][-1])
     tokens, _, batches, kv = values
-    alone = _without_stairs(prefill, stairs_to, tokens)
+    alone = _without_stairs(prefill, padded.tokens[-1] if padded.tokens else None, tokens)
     knots = np.union1d(decode.kv_tokens, np.array(kv, dtype=np.float64))
     at, among = (np.log2(np.asarray(x, dtype=np.float64) + scales.kv_tokens) for x in (knots, kv))
 
@@ -396,8 +395,11 @@ def _contention(
     decode_speed = everywhere(
         {(t, m, b, k): decode_s[b][k] * 1e3 / p.decode_median_ms for (t, m, b, k), p in best.items()}
     )
+    steps, counts_as = _stairs(batches, padded.batch)
+    shares = np.array([np.interp(np.log2(counts_as), np.log2(batches), unit) for unit in np.eye(len(batches))])
+    padded_axes = [*axes[:2], axis("batch", steps, log=True), axes[3]]
     return Contention(
-        prefill=Grid(axes, prefill_speed.reshape(-1)),
+        prefill=Grid(padded_axes, np.einsum("tmbk,bs->tmsk", prefill_speed, shares).reshape(-1)),
         prefill_alone=alone,
         decode=Grid(axes[:3], np.array([np.interp(at, among, of) for of in decode_speed.reshape(-1, len(kv))])),
         solo=Grid(decode.at_batch.axes, np.array([np.interp(knots, decode.kv_tokens, row) for row in decode.rows])),

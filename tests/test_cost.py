@@ -740,7 +740,7 @@ def test_misjudging_is_drawn_with_its_seed_and_as_wide_as_asked() -> None:
     st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 30000)), min_size=1, max_size=8),
     st.sampled_from([16, 64, 96, 132]),
 )
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)  # the first example reads a profile
 def test_attention_is_priced_by_how_each_prompt_is_dealt_to_the_sms(prompts: list[tuple[int, int]], sms: int) -> None:
     """A device on which nothing else takes time but a constant is priced exactly, whatever the batch."""
     new, context = tuple(q for q, _ in prompts), tuple(c for _, c in prompts)

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,34 @@ def hybrid_rows(places: Iterable[tuple[int, int, int, int]]) -> list[HybridPoint
         half = DEVICE // 2
         found.append(HybridPoint("split", half, half, *shape, b, k, "fa2", "fa2", 5, p, p, p, 5, d, d, d))
     return found
+
+
+@given(st.integers(16, 8192), st.integers(64, 8192), st.integers(1, 64), st.integers(512, 65536))
+def test_to_prefill_a_decode_batch_is_as_large_as_it_is_padded_to(
+    tokens: int, context: int, batch: int, kv_tokens: int
+) -> None:
+    """Which kernels it runs is decided by that size; of its own time the same stairs are in the time alone."""
+    padded, plain = contending(Padded(batch=SIZES.batch)), contending(Padded())
+    split, prefill = Allocation(Mode.SPLIT, DEVICE // 2, DEVICE // 2), PrefillShape(tokens, float(tokens * context))
+    rows = decode_rows(batch, 64)
+    found_s = padded.prefill_s(prefill, split, DecodeShape(batch, kv_tokens))[0]
+    assert found_s == pytest.approx(padded.prefill_s(prefill, split, DecodeShape(rows, kv_tokens))[0], rel=1e-12)
+    assert found_s == pytest.approx(plain.prefill_s(prefill, split, DecodeShape(rows, kv_tokens))[0], rel=1e-12)
+    alone_s, beside_s = (
+        [float(cost.decode_s(DecodeShape(batch, 65536), split, other)[0][0]) for cost in (padded, plain)]
+        for other in (None, prefill)
+    )
+    assert beside_s[0] / alone_s[0] == pytest.approx(beside_s[1] / alone_s[1], rel=1e-9)
+
+
+@cache
+def contending(padded: Padded) -> TableCost:
+    """Halves of the device that keep ``speed_left``, measured everywhere at three batches."""
+    places = itertools.product((16, 8192), (64, 8192), (1, 16, 64), (512, 65536))
+    prefill = [replace(p, sms=n) for p in prefill_table() for n in (DEVICE // 2, DEVICE)]
+    decode = [replace(d, sms=n) for d in decode_table() for n in (DEVICE // 2, DEVICE)]
+    rows = hybrid_rows(places)
+    return TableCost(Tables.of(prefill, decode, rows, device_sms=DEVICE, layers=LAYERS, padded=padded))
 
 
 def test_a_sparse_grid_says_what_the_full_one_does_where_variables_act_alone_on_top_of_something_multilinear() -> None:
