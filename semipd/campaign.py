@@ -11,26 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from semipd.areas import Area, areas_of, blocks_of, expected_s, fitting
+from semipd.contention import Scales
 from semipd.executor import Executor
 from semipd.holdout import measure, trials
 from semipd.model_config import ModelConfig
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
-from semipd.points import HoldoutPoint
+from semipd.points import HoldoutPoint, RaggedPoint
 from semipd.profile import ProfileHeader
 from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress, within
 from semipd.profiling import AGAIN, POINTS, Backends, Profiling, choose_backends, overheads
 from semipd.ragged import Decodes, Prompts
 from semipd.roofline import RooflineCost
+from semipd.scatter import Scatter
 from semipd.stopwatch import Stopwatch
 from semipd.table_cost import TableCost
 from semipd.table_files import TableWriter
-from semipd.tables import Scales, Tables
+from semipd.tables import Tables
 from semipd.tiles import SplitKeys
 
 ALONE_SHARE = 0.5
 """Of the time for refinement, what the phases alone may take: all other tables are multiples of theirs."""
+
+BY_KNOTS_SHARE = 0.1
+"""Of the time for refinement, what all tables may take together where ragged batches are measured, too."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ def measure_profile(
     config = fitting(config, subject.num_blocks)
     areas = areas_of(config, subject.device_sms)
     kinds = {name: kind for name, kind in POINTS.items() if any(area.table == name for area in areas)}
+    if config.ragged and "hybrid" in kinds:
+        kinds["ragged"] = RaggedPoint
     if config.holdout:
         kinds["holdout"] = HoldoutPoint
     tables = {name: TableWriter(out / f"{name}.csv", kind, about, resume=resume) for name, kind in kinds.items()}
@@ -167,12 +174,7 @@ class Campaign:
         pace_s = (time.monotonic() - started_s) / len(missing) if missing else HOST_PACE_S
         again_s = pace_s * AGAIN * len(POINTS)
         refine_s = self._left_s() - self._held_out_s(pace_s) - again_s
-        alone = [area for area in self._areas if area.table in ("prefill", "decode")]
-        both = [area for area in self._areas if area not in alone]
-        until_s = time.monotonic() + refine_s
-        for name, some, share in (("alone", alone, ALONE_SHARE), ("both", both, 1.0)):
-            steps = profiling.refine(some, self._cost, config.tolerance)
-            self._drive(name, steps, share * (until_s - time.monotonic()))
+        self._refine(profiling, refine_s)
         self._drive("again", profiling.again(), self._left_s())
         for name, drift in profiling.drift.items():
             self._note(f"drift of {name}: {drift}")
@@ -181,6 +183,25 @@ class Campaign:
         stopwatch = self._new_stopwatch(at_random=True)
         drawn = [t for t in trials(config, self._areas) if self._fits(t.prefill, t.decode)]
         return self._drive("held out", measure(drawn, stopwatch, self._tables["holdout"]), self._left_s())
+
+    def _refine(self, profiling: Profiling, seconds: float) -> None:
+        """More of what the cost model is wrong about: knots of the tables, then ragged batches beside each other."""
+        config, until_s = self._config, time.monotonic() + seconds
+        alone = [area for area in self._areas if area.table in ("prefill", "decode")]
+        ways = [area for area in self._areas if area.table == "hybrid"]
+        ragged = self._tables.get("ragged")
+        both = [area for area in self._areas if area not in alone and not (ragged and area in ways)]
+        knots_s = seconds * (BY_KNOTS_SHARE if ragged else 1.0)
+        for name, some, share in (("alone", alone, ALONE_SHARE), ("both", both, 1.0)):
+            began_s = time.monotonic()
+            self._drive(name, profiling.refine(some, self._cost, config.tolerance), share * knots_s)
+            knots_s -= time.monotonic() - began_s
+        if ragged:
+            model = self._subject.model
+            scales = Scales.of(model.weights_bytes, model.kv_bytes_per_token)
+            hybrid = self._tables["hybrid"].points
+            scatter = Scatter(ways, config, scales, self._stopwatch, ragged, hybrid, self._fits)
+            self._drive("ragged", scatter.measure(self._cost), until_s - time.monotonic())
 
     def _drive(self, name: str, steps: Iterator[Progress], seconds: float) -> bool:
         """Take the steps, at most for so long; whether they came to their end."""
@@ -205,6 +226,7 @@ class Campaign:
         points = {name: table.points for name, table in self._tables.items()}
         tables = Tables.of(
             points["prefill"], points["decode"], points["hybrid"], points.get("mixed", ()),
+            points.get("ragged", ()),
             device_sms=self._subject.device_sms, layers=self._subject.model.layers, padded=self._subject.padded,
             scales=Scales.of(self._subject.model.weights_bytes, self._subject.model.kv_bytes_per_token),
             waves=self._subject.split_keys.waves if self._subject.split_keys else None,

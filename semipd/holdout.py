@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -13,40 +12,18 @@ from semipd.areas import Area
 from semipd.config import build
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, Phase, PrefillShape
 from semipd.model_config import ModelConfig
-from semipd.points import HoldoutPoint, Spread
+from semipd.points import HoldoutPoint, Spread, whole_numbers
 from semipd.profile import Profile
-from semipd.profile_config import DecodeAxes, PrefillAxes, ProfileConfig
+from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress
-from semipd.ragged import LENGTHS_SHAPE, Decodes, Prompts, dealt
+from semipd.ragged import Decodes, Prompts
 from semipd.roofline import fitted
 from semipd.stopwatch import Stopwatch
 from semipd.table_files import TableWriter, read_points
+from semipd.trials import Ranges, Times, Trial, as_text, decodes, predicted, prompts
 
 NONE = "-"
 """Stands for the batch of a phase that is idle."""
-
-
-class Times(Protocol):
-    """The part of a cost model that is held against measured times."""
-
-    @property
-    def layers(self) -> int:
-        """Of the model."""
-        ...
-
-    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
-        """See ``CostModel.prefill_s``."""
-        ...
-
-    def decode_s(
-        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
-    ) -> tuple[FloatArray, int]:
-        """See ``CostModel.decode_s``."""
-        ...
-
-    def mixed_s(self, chunk: PrefillShape, decode: DecodeShape | None) -> tuple[float, bool]:
-        """See ``CostModel.mixed_s``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -83,31 +60,6 @@ class SoloOnly:
         return seconds, outside
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What to measure: a batch of a phase alone, or of both, at an allocation."""
-
-    at: Allocation
-    prefill: Prompts | None
-    decode: Decodes | None
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """Where batches are drawn from, least and most: the inside of a table."""
-
-    tokens: tuple[int, int]
-    mean_context: tuple[int, int]
-    batch: tuple[int, int]
-    kv_tokens: tuple[int, int]
-
-    @staticmethod
-    def of(prefill: PrefillAxes, decode: DecodeAxes) -> Ranges:
-        """From one end of these axes to the other."""
-        tokens, mean_context, batch, kv_tokens = ((min(v), max(v)) for v in (*prefill.values, *decode.values))
-        return Ranges(tokens, mean_context, batch, kv_tokens)
-
-
 def trials(config: ProfileConfig, areas: Iterable[Area]) -> Iterator[Trial]:
     """``config.holdout`` random trials: one of six is prefill alone, one decode alone, one a fused batch, if any.
 
@@ -125,30 +77,8 @@ def trials(config: ProfileConfig, areas: Iterable[Area]) -> Iterator[Trial]:
     for i in range(config.holdout):
         kind = kinds[i % len(kinds)]
         ranges, at = alone if kind in ("prefill", "decode") else both, places[kind][rng.integers(len(places[kind]))]
-        prefill = _prompts(rng, ranges) if kind != "decode" else None
-        yield Trial(at, prefill, _decodes(rng, ranges) if kind != "prefill" else None)
-
-
-def _prompts(rng: np.random.Generator, ranges: Ranges) -> Prompts:
-    tokens = _log_uniform(rng, ranges.tokens)
-    parts = int(rng.integers(1, 1 + min(8, tokens // 8)))
-    new = dealt(rng.gamma(LENGTHS_SHAPE, size=parts), tokens)
-    own = float((new * new).sum()) / 2 / tokens  # mean context without any cached token
-    mean_context = _log_uniform(rng, ranges.mean_context)
-    context = np.zeros(parts, np.int64)
-    if (cached := mean_context - own) > 0:
-        shares = rng.gamma(LENGTHS_SHAPE, size=parts)
-        context = np.round(cached * shares * tokens / float((shares * new).sum())).astype(np.int64)
-    return Prompts(tuple(new.tolist()), tuple(context.tolist()))
-
-
-def _decodes(rng: np.random.Generator, ranges: Ranges) -> Decodes:
-    batch, kv_tokens = _log_uniform(rng, ranges.batch), _log_uniform(rng, ranges.kv_tokens)
-    return Decodes(tuple(dealt(rng.gamma(LENGTHS_SHAPE, size=batch), max(kv_tokens, 2 * batch), least=2).tolist()))
-
-
-def _log_uniform(rng: np.random.Generator, range_: tuple[int, int]) -> int:
-    return round(float(np.exp(rng.uniform(np.log(range_[0]), np.log(range_[1])))))
+        prefill = prompts(rng, ranges) if kind != "decode" else None
+        yield Trial(at, prefill, decodes(rng, ranges) if kind != "prefill" else None)
 
 
 def measure(drawn: Sequence[Trial], stopwatch: Stopwatch, table: TableWriter[HoldoutPoint]) -> Iterator[Progress]:
@@ -183,18 +113,14 @@ def _point(phase: Phase, trial: Trial, spread: Spread) -> HoldoutPoint:
         mode=trial.at.mode.value,
         prefill_sms=trial.at.prefill_sms,
         decode_sms=trial.at.decode_sms,
-        new_tokens=_text(prefill.new_tokens) if prefill else NONE,
-        context_lens=_text(prefill.context_lens) if prefill else NONE,
-        decode_lens=_text(decode.lengths) if decode else NONE,
+        new_tokens=as_text(prefill.new_tokens) if prefill else NONE,
+        context_lens=as_text(prefill.context_lens) if prefill else NONE,
+        decode_lens=as_text(decode.lengths) if decode else NONE,
         steps=spread.steps,
         median_ms=spread.median_ms,
         p10_ms=spread.p10_ms,
         p90_ms=spread.p90_ms,
     )
-
-
-def _text(numbers: tuple[int, ...]) -> str:
-    return " ".join(map(str, numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,22 +181,6 @@ def errors(points: Sequence[HoldoutPoint], models: Mapping[str, Times], source: 
     return {group: {name: _errors(cases) for name, cases in found[group].items()} for group in GROUPS if group in found}
 
 
-def predicted(model: Times, phase: str, trial: Trial) -> tuple[float, bool]:
-    """Milliseconds of a layer of one of a trial's phases by a model, and whether that was outside its grid."""
-    prefill = trial.prefill.shape if trial.prefill else None
-    decode = trial.decode.shape if trial.decode else None
-    if phase == Phase.MIXED.value and prefill:
-        seconds, outside = model.mixed_s(prefill, decode)
-        return seconds * 1e3 / model.layers, outside
-    if phase == Phase.PREFILL.value and prefill:
-        seconds, outside = model.prefill_s(prefill, trial.at, decode)
-        return seconds * 1e3, outside
-    if decode is None:
-        raise ValueError(f"{phase}: this trial has no such batch")
-    steps_s, beyond = model.decode_s(decode, trial.at, prefill)
-    return float(steps_s[0]) * 1e3 / model.layers, beyond > 0
-
-
 def _errors(cases: Sequence[tuple[float, bool]]) -> Errors:
     off = np.array([error for error, _ in cases])
     median, p95 = np.percentile(np.abs(off), [50, 95])
@@ -296,7 +206,4 @@ def _trial(point: HoldoutPoint, where: str) -> Trial:
 
 
 def _numbers(text: str, where: str) -> tuple[int, ...]:
-    words = () if text == NONE else text.split(" ")
-    if not all(word.isdecimal() for word in words):
-        raise InputError(f"{where}: found {text[:40]!r}; expected whole numbers, or {NONE} for no batch")
-    return tuple(map(int, words))
+    return () if text == NONE else whole_numbers(text, where, f"whole numbers, or {NONE} for no batch")

@@ -285,4 +285,45 @@ class HoldoutPoint:
         )  # fmt: skip
 
 
-Point = TypeVar("Point", PrefillPoint, DecodePoint, HybridPoint, MixedPoint, TotalPoint, HoldoutPoint)
+@dataclass(frozen=True, slots=True)
+class RaggedPoint:
+    """One row of ragged batches beside each other, each phase's layer time while the other runs.
+
+    ``new_tokens`` and ``context_lens``, of each prompt, are numbers with blanks between them. Decode has ``batch``
+    sequences of ``kv_tokens`` in all, unequal ones.
+    """
+
+    mode: str
+    prefill_sms: int
+    decode_sms: int
+    new_tokens: str
+    context_lens: str
+    batch: int
+    kv_tokens: int
+    prefill_steps: int
+    prefill_median_ms: float
+    prefill_p10_ms: float
+    prefill_p90_ms: float
+    decode_steps: int
+    decode_median_ms: float
+    decode_p10_ms: float
+    decode_p90_ms: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a point the same point on resuming."""
+        return (
+            self.mode, self.prefill_sms, self.decode_sms, self.new_tokens, self.context_lens, self.batch,
+            self.kv_tokens,
+        )  # fmt: skip
+
+
+def whole_numbers(text: str, where: str, expected: str = "whole numbers") -> tuple[int, ...]:
+    """Numbers with blanks between them. Raises InputError, which begins with ``where``, for anything else."""
+    words = text.split(" ")
+    if not all(word.isascii() and word.isdecimal() for word in words):
+        raise InputError(f"{where}: found {text[:40]!r}; expected {expected}")
+    return tuple(map(int, words))
+
+
+Point = TypeVar("Point", PrefillPoint, DecodePoint, HybridPoint, MixedPoint, TotalPoint, HoldoutPoint, RaggedPoint)

@@ -119,7 +119,7 @@ class Prices:
             rows = tuple(replace(p, mode="split") for p in profile.hybrid.points if p.mode == mode)
             if rows:
                 try:
-                    self._costs[mode] = replace(profile, hybrid=replace(profile.hybrid, points=rows)).cost()
+                    self._costs[mode] = _as_splits(profile, mode, rows).cost()
                 except InputError as error:
                     self.refused[mode] = str(error)
         fused, unusable = profile.mixed.points if profile.mixed else (), self._costs["split"].refused.get(Mode.MIXED)
@@ -191,6 +191,14 @@ class Prices:
     def _decode_s(self, mode: str, at: Allocation, place: Place, beside: PrefillShape | None, known: bool) -> Time:
         seconds, outside = self._costs[mode].decode_s(place.decode, at, beside)
         return Time(float(seconds[0]), _source(known, bool(outside)))
+
+
+def _as_splits(profile: Profile, mode: str, rows: tuple[HybridPoint, ...]) -> Profile:
+    """With these rows only, and with the ragged batches of a mode as those of splits."""
+    ragged = profile.ragged
+    if ragged is not None:
+        ragged = replace(ragged, points=tuple(replace(p, mode="split") for p in ragged.points if p.mode == mode))
+    return replace(profile, hybrid=replace(profile.hybrid, points=rows), ragged=ragged)
 
 
 def _source(known: bool, outside: bool) -> Source:

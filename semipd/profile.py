@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from semipd.contention import Scales
 from semipd.core import InputError
 from semipd.overheads import NO_OVERHEADS, Overheads
 from semipd.padding import NOT_PADDED, Padded
-from semipd.points import DecodePoint, HybridPoint, MixedPoint, Point, PrefillPoint
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, Point, PrefillPoint, RaggedPoint
 from semipd.table_cost import TableCost
 from semipd.table_files import SweepTable, read_points, read_provenance, read_table
-from semipd.tables import Scales, Tables
+from semipd.tables import Tables
 from semipd.tiles import SplitKeys
 
 Name = Annotated[str, Field(min_length=1)]
@@ -50,13 +51,14 @@ class ProfileHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(ProfileHeader):
-    """A profile: its header, where it lies and its tables; that of fused batches may be missing."""
+    """A profile: its header, where it lies and its tables; those of fused and of ragged batches may be missing."""
 
     folder: Path
     prefill: SweepTable[PrefillPoint]
     decode: SweepTable[DecodePoint]
     hybrid: SweepTable[HybridPoint]
     mixed: SweepTable[MixedPoint] | None = None
+    ragged: SweepTable[RaggedPoint] | None = None
 
     def cost(self) -> TableCost:
         """Cost model of these tables. Raises InputError when a partition or a point of a grid is missing."""
@@ -66,6 +68,7 @@ class Profile(ProfileHeader):
                 self.decode.points,
                 self.hybrid.points,
                 self.mixed.points if self.mixed else (),
+                self.ragged.points if self.ragged else (),
                 device_sms=self.device_sms,
                 layers=self.layers,
                 padded=self.padded,
@@ -120,11 +123,10 @@ def load_profile(name: str | Path) -> Profile:
                 f"{folder / 'hybrid.csv'}: row {row}: prefill_sms + decode_sms: found {both}; expected at most the "
                 f"device's {header.device_sms}"
             )
-    fused, mixed = folder / "mixed.csv", None
-    if fused.exists():  # if only begun, which costs no more than that mode
-        mixed = SweepTable(tuple(read_points(fused, MixedPoint)), read_provenance(fused))
+    mixed = _begun(folder / "mixed.csv", MixedPoint)
+    ragged = _begun(folder / "ragged.csv", RaggedPoint)
     said = {field.name: getattr(header, field.name) for field in fields(ProfileHeader)}
-    return Profile(**said, folder=folder, prefill=prefill, decode=decode, hybrid=hybrid, mixed=mixed)
+    return Profile(**said, folder=folder, prefill=prefill, decode=decode, hybrid=hybrid, mixed=mixed, ragged=ragged)
 
 
 def _header(path: Path) -> ProfileHeader:
@@ -148,6 +150,11 @@ def _header(path: Path) -> ProfileHeader:
             raise InputError(f"{path}: {field}.{first['ctx']['error']}") from None
         expected = first["msg"].replace("Input should", "expected to")
         raise InputError(f"{path}: {field or 'the whole'}: found {first['input']!r}; {expected}") from None
+
+
+def _begun(path: Path, cls: type[Point]) -> SweepTable[Point] | None:
+    """A table that may be missing, or have no row yet."""
+    return SweepTable(tuple(read_points(path, cls)), read_provenance(path)) if path.exists() else None
 
 
 def _table(path: Path, cls: type[Point], header: ProfileHeader, sizes: tuple[str, ...]) -> SweepTable[Point]:

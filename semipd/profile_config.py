@@ -50,10 +50,11 @@ class ProfileConfig(Strict):
     ``prefill_sms``: what prefill has in a split; ``capped_sms``: which of them are measured capped, too. ``prefill``,
     ``decode``: each phase alone. ``prefill_spine``, ``decode_spine``: more tokens and batches, measured at the least
     mean context and KV tokens only. ``both_prefill``, ``both_decode``: both at once; ``both_more``: other values of any
-    of these, each with all of the others' (a sparse grid); ``mixed_more``: the same for fused batches. Their defaults
-    go with those of the basic values: where other ones are given, ``both_more`` has none, and ``mixed_more`` is as it.
+    of these, each with all of the others' (a sparse grid); ``mixed_more``: the same for fused batches, as ``both_more``
+    where other basic values are given than the defaults.
     Of a spine and of these, what is not between the ends is left out. From there on, values are added where the
-    cost model errs by more than ``tolerance``, as time allows; KV tokens that do not fit into memory are left out.
+    cost model errs by more than ``tolerance``, as time allows; beside each other, up to ``ragged`` random batches in
+    every way of sharing instead, more where it errs more. KV tokens that do not fit into memory are left out.
     ``backends``: attention kernels that prefill may use, of which the fastest is taken on each partition.
 
     ``warmup_s``: small runs before all else, at most for so long. ``settle_ms``: load before a measurement of decode,
@@ -66,18 +67,17 @@ class ProfileConfig(Strict):
     prefill_sms: Axis = (16, 32, 48, 64, 80, 96, 112)
     capped_sms: tuple[Positive, ...] = (64, 96)
     modes: Annotated[tuple[ProfileMode, ...], Field(min_length=1)] = ("split", "capped", "priority", "mixed")
-    prefill: PrefillAxes = PrefillAxes(
-        tokens=(16, 128, 512, 1024, 4096, 8192), mean_context=(64, 1024, 4096, 16384, 32768)
-    )
+    prefill: PrefillAxes = PrefillAxes(tokens=(16, 128, 512, 4096, 8192), mean_context=(64, 1024, 4096, 16384, 32768))
     prefill_spine: tuple[Positive, ...] = (*prefill_sizes(1024), *range(1152, 2048, 128), 3072, 4096, 6144)
     decode: DecodeAxes = DecodeAxes(batch=(1, 8, 24, 32, 96, 256), kv_tokens=(512, 16384, 131072, 655360))
     decode_spine: tuple[Positive, ...] = decode_sizes(256)
     both_prefill: PrefillAxes = PrefillAxes(tokens=(16, 512, 4096), mean_context=(64, 16384))
     both_decode: DecodeAxes = DecodeAxes(batch=(8, 256), kv_tokens=(512, 524288))
-    both_more: More = More(tokens=(96, 640, 1920), batch=(32, 96))
+    both_more: More = More()
     mixed_more: More = More(tokens=(96, 1024, 1920), mean_context=(4096,), batch=(32, 96), kv_tokens=(32768, 131072))
     backends: Annotated[tuple[Literal["fa2", "fa3", "fa3-sized"], ...], Field(min_length=1)] = ("fa2", "fa3-sized")
     tolerance: PositiveFloat = 0.03
+    ragged: Annotated[int, Field(ge=0)] = 200
     warmup_s: NotNegative = 5.0
     settle_ms: NotNegative = 20.0
     limited_settle_ms: NotNegative = 70.0
@@ -97,9 +97,9 @@ class ProfileConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _more_of_what(cls, data: Any) -> Any:
-        """The defaults of ``both_more`` and ``mixed_more`` go with those of the basic values."""
+        """The default of ``mixed_more`` goes with those of the basic values."""
         own = isinstance(data, dict) and ("both_prefill" in data or "both_decode" in data)
-        return {"both_more": {}, "mixed_more": data.get("both_more", {})} | data if own else data
+        return {"mixed_more": data.get("both_more", {})} | data if own else data
 
     @model_validator(mode="after")
     def _can_run(self) -> ProfileConfig:

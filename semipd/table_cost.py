@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from math import ceil
 from typing import TypeVar
 
 from semipd._steps import Axis, Curve, Grid
+from semipd.alone import Dealing, DecodeCurves, typical_prompts, with_tiles
+from semipd.contention import SHARED, Contention
 from semipd.core import Allocation, DecodeShape, FloatArray, Mode, PrefillShape
-from semipd.tables import SHARED, Contention, Dealing, DecodeCurves, Tables, typical_prompts
+from semipd.tables import Tables
 
 CURVES = 4096
 """Decode curves that a ``TableCost`` keeps, of about 0.5 kB each; the least recently used goes first."""
@@ -159,15 +160,9 @@ class TableCost:
     def _context(self, shape: PrefillShape, sms: int) -> float:
         """Mean context of a prefill batch as attention computes it on a partition, or in a fused step.
 
-        Where it is known how tiles are dealt, these are counted there. Else a prompt counts for half a tile of queries
-        more, unless there have to be so many: of prompts without cached tokens the longest that have this mean context,
-        of others one. Such batches the tables hold.
+        Where it is known how tiles are dealt, these are counted there.
         """
-        mean, tokens = shape.mean_context, shape.tokens
-        if sms in self._dealing:
-            return mean
-        fewest = ceil(tokens / (2 * mean)) if mean else 1
-        return mean + self._spare_queries * max(0.0, shape.contexts - fewest * mean) / max(1, tokens)
+        return shape.mean_context if sms in self._dealing else with_tiles(shape, self._spare_queries)
 
     def _numbers(self, shape: PrefillShape | DecodeShape, sms: int) -> dict[str, float]:
         """By the names of the axes."""

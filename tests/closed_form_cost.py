@@ -9,8 +9,8 @@ from math import ceil
 import numpy as np
 from synthetic_profile import decode_ms, decode_slowdown, prefill_ms, prefill_slowdown
 
+from semipd.contention import NO_SCALES, Scales
 from semipd.core import Allocation, DecodeShape, FloatArray, Mode, PrefillShape
-from semipd.tables import NO_SCALES, Scales
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from semipd._steps import Waves
 from semipd.areas import AXES, HOST_S, Area, Cell, areas_of, blocks_of, expected_s, fitting, snapped
 from semipd.campaign import Measured, Subject, measure_profile
 from semipd.config import build
+from semipd.contention import Scales
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.grid import lacking, sparse_values
 from semipd.holdout import errors, held_out
@@ -36,7 +37,7 @@ from semipd.roofline import RooflineCost
 from semipd.sim import SimExecutor
 from semipd.table_cost import TableCost
 from semipd.table_files import read_points
-from semipd.tables import Scales, Tables
+from semipd.tables import Tables
 from semipd.tiles import SplitKeys
 
 MODEL = ModelConfig(
@@ -56,6 +57,7 @@ CONFIG = ProfileConfig(
     both_prefill=PrefillAxes(tokens=(16, 4096), mean_context=(64, 4096)),
     both_decode=DecodeAxes(batch=(8, 64), kv_tokens=(512, 65536)),
     both_more=More(),
+    ragged=0,
     max_num_seqs=64,
     settle_ms=1,
     limited_settle_ms=1,
@@ -499,7 +501,6 @@ def test_prompts_that_cannot_be_dealt_are_refused_before_anything_is_measured() 
 
 
 def test_more_values_go_with_the_basic_ones_that_they_were_chosen_for() -> None:
-    assert any(ProfileConfig().both_more.values)
     assert any(ProfileConfig().mixed_more.values)
     both = {"tokens": [16, 64], "mean_context": [64]}
     assert not any(build({"both_prefill": both}, ProfileConfig, "test").both_more.values)

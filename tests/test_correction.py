@@ -1,0 +1,221 @@
+"""Contention learnt from ragged batches: the smooth correction, profiles that have such batches, measuring them."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from closed_form_cost import ClosedFormCost
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_campaign import ABOUT, CONFIG, MODEL, SCALES, subject
+
+from semipd.campaign import measure_profile
+from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
+from semipd.correction import EXACT, LENGTHS, NOISE, SPREAD, Units, smooth, uncertainty
+from semipd.holdout import held_out
+from semipd.points import RaggedPoint
+from semipd.prices import Prices, place_of
+from semipd.profile import Profile, load_profile
+from semipd.profiler import Progress
+from semipd.survey import survey
+from semipd.table_files import read_points
+
+PLACES = st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=6, unique=True)
+
+
+def plain_kriging(at: Sequence[float], seen_at: FloatArray, seen: FloatArray, exact: FloatArray) -> tuple[float, float]:
+    """Mean and variance at one place by the textbook's formulas, number by number."""
+
+    def alike(a: Sequence[float], b: Sequence[float]) -> float:
+        found = 1.0
+        for x, y, length in zip(a, b, LENGTHS, strict=True):
+            d = 3**0.5 * abs(x - y) / length
+            found *= 0.5 + 0.5 * (1 + d) * float(np.exp(-d))
+        return SPREAD**2 * found
+
+    known = [*map(tuple, exact), *map(tuple, seen_at)]
+    noise = [EXACT] * len(exact) + [NOISE**2] * len(seen)
+    matrix = [[alike(a, b) + (noise[i] if i == j else 0) for j, b in enumerate(known)] for i, a in enumerate(known)]
+    across = [alike(at, b) for b in known]
+    inverse = np.linalg.inv(np.array(matrix))
+    values = np.array([0.0] * len(exact) + list(seen))
+    return float(across @ inverse @ values), SPREAD**2 - float(across @ inverse @ np.array(across))
+
+
+@given(PLACES, st.data())
+@settings(deadline=None)
+def test_it_is_kriging_no_farther_than_was_seen(places: list[tuple[float, ...]], data: st.DataObject) -> None:
+    seen_at = np.array(places)
+    seen = np.array(data.draw(st.lists(st.floats(-0.3, 0.3), min_size=len(places), max_size=len(places))))
+    exact = np.array(list(np.ndindex(2, 2, 2, 2)), np.float64)
+    nodes = [np.array([0.0, 0.3, 1.0]), np.array([0.0, 0.6]), np.array([0.5]), np.array([0.1, 0.9])]
+    found = smooth(nodes, seen_at, seen, exact)
+    assert found.shape == (3, 2, 1, 2)
+    for index in np.ndindex(*found.shape):
+        at = [of[i] for of, i in zip(nodes, index, strict=True)]
+        mean, _ = plain_kriging(at, seen_at, seen, exact)
+        assert found[index] == pytest.approx(np.clip(mean, min(0, seen.min()), max(0, seen.max())), abs=1e-6)
+
+
+@given(PLACES, PLACES)
+@settings(deadline=None)
+def test_uncertainty_is_the_variance_that_is_left(
+    places: list[tuple[float, ...]], known: list[tuple[float, ...]]
+) -> None:
+    found = uncertainty(np.array(places), np.array(known))
+    for share, at in zip(found, places, strict=True):
+        _, variance = plain_kriging(at, np.array(known), np.zeros(len(known)), np.zeros((0, 4)))
+        assert share == pytest.approx(variance / SPREAD**2, abs=1e-8)
+    assert (uncertainty(np.array(places), np.zeros((0, 4))) == 1).all()
+
+
+def test_places_are_measured_by_logarithms_between_the_ends() -> None:
+    units = Units.of([(16, 256, 4096), (64, 64)], (0.0, 2048.0))
+    assert units.at(np.array([[16, 64], [256, 64], [4096, 64], [1, 9e9]])).tolist() == [
+        [0, 0],
+        [0.5, 0],
+        [1, 0],
+        [0, 0],
+    ]
+    assert units.along(0, (16, 256)).tolist() == [0, 0.5]
+
+
+@dataclass(frozen=True)
+class Hilly(ClosedFormCost):
+    """Contention that no grid of the ends shows: of prefill by tokens and batch, of decode by KV tokens."""
+
+    rough_at: tuple[int, ...] = (8, 16, 24, 32)
+
+    def _hill(self, at: Allocation, x: float, least: float, most: float) -> float:
+        along = (np.log(x) - np.log(least)) / (np.log(most) - np.log(least))
+        return 1 + 0.3 * float(np.sin(np.pi * np.clip(along, 0, 1))) * (at.prefill_sms in self.rough_at)
+
+    def prefill_s(self, shape: PrefillShape, at: Allocation, beside: DecodeShape | None) -> tuple[float, bool]:
+        seconds, outside = super().prefill_s(shape, at, beside)
+        hill = self._hill(at, shape.tokens, 16, 4096) * self._hill(at, beside.batch, 8, 64) if beside else 1.0
+        return seconds * hill, outside
+
+    def decode_s(
+        self, shape: DecodeShape, at: Allocation, beside: PrefillShape | None, steps: int = 1
+    ) -> tuple[FloatArray, int]:
+        seconds, outside = super().decode_s(shape, at, beside, steps)
+        along = shape.kv_tokens + SCALES.kv_tokens, 512 + SCALES.kv_tokens, 65536 + SCALES.kv_tokens
+        return seconds * (self._hill(at, *along) if beside else 1.0), outside
+
+
+def measured_with(out: Path, truth: ClosedFormCost, **changed: object) -> Profile:
+    config = CONFIG.model_copy(update={"ragged": 40, "holdout": 60, "modes": ("split", "capped"), **changed})
+    measure_profile(subject(truth), config, out, ABOUT)
+    return load_profile(out)
+
+
+@pytest.fixture(scope="module")
+def hilly(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    return measured_with(tmp_path_factory.mktemp("profiles") / "h200" / "hilly", Hilly(scales=SCALES))
+
+
+def test_what_lies_between_the_rows_is_learnt_from_ragged_batches(hilly: Profile) -> None:
+    with_them, without = held_out(hilly), held_out(replace(hilly, ragged=None))
+    for group in ("prefill beside", "decode beside"):
+        assert with_them[group]["table"].median < 0.4 * without[group]["table"].median
+        assert with_them[group]["table"].outside == 0
+    for group in ("prefill alone", "decode alone"):
+        assert with_them[group] == without[group]
+
+
+def test_rows_of_the_tables_stay_what_was_measured(hilly: Profile) -> None:
+    cost = hilly.cost()
+    for p in hilly.hybrid.points:
+        at = Allocation(Mode(p.mode), p.prefill_sms, p.decode_sms)
+        batch, decode = PrefillShape(p.tokens, float(p.tokens * p.mean_context)), DecodeShape(p.batch, p.kv_tokens)
+        assert cost.prefill_s(batch, at, decode)[0] * 1e3 == pytest.approx(p.prefill_median_ms, rel=1e-9)
+        step_ms = float(cost.decode_s(decode, at, batch)[0][0]) / cost.layers * 1e3
+        assert step_ms == pytest.approx(p.decode_median_ms, rel=1e-9)
+
+
+def test_batches_that_take_what_the_tables_say_change_nothing(tmp_path: Path) -> None:
+    profile = measured_with(tmp_path / "h200" / "flat", ClosedFormCost(scales=SCALES))
+    ways = Counter((p.mode, p.prefill_sms) for p in read_points(tmp_path / "h200" / "flat" / "ragged.csv", RaggedPoint))
+    assert max(ways.values()) < 16  # of the 40 that might be: the model does not err
+    with_them, without = profile.cost(), replace(profile, ragged=None).cost()
+    assert with_them.allocations == without.allocations
+    for at in without.allocations[:-1]:
+        batch, decode = PrefillShape.of((300, 7), (0, 900)), DecodeShape(20, 9000)
+        assert with_them.prefill_s(batch, at, decode)[0] == pytest.approx(
+            without.prefill_s(batch, at, decode)[0], rel=0.01
+        )
+        steps_s = [cost.decode_s(decode, at, batch, 3)[0] for cost in (with_them, without)]
+        assert steps_s[0] == pytest.approx(steps_s[1], rel=0.01)
+
+
+def test_more_are_measured_where_the_model_errs_more(tmp_path: Path) -> None:
+    profile = measured_with(tmp_path / "p", Hilly(scales=SCALES, rough_at=(8,)), modes=("split",))
+    assert profile.ragged is not None
+    count = Counter(p.prefill_sms for p in profile.ragged.points)
+    assert count[8] == 40
+    assert max(count[16], count[24]) < 16
+
+
+def test_what_was_measured_before_an_interrupt_is_kept_and_not_measured_again(tmp_path: Path) -> None:
+    def stopped(name: str, steps: Iterator[Progress]) -> Iterator[Progress]:
+        for step in steps:
+            if name == "ragged" and step.done == 30:
+                raise KeyboardInterrupt
+            yield step
+
+    out, truth = tmp_path / "p", Hilly(scales=SCALES)
+    config = CONFIG.model_copy(update={"ragged": 20, "modes": ("split",)})
+    first = measure_profile(subject(truth), config, out, ABOUT, watched=stopped)
+    assert first.interrupted
+    before = list(first.tables["ragged"].points)
+    assert len(before) == 30
+    second = measure_profile(subject(truth), config, out, ABOUT, resume=True)
+    assert second.complete
+    assert second.tables["ragged"].points[: len(before)] == before
+    assert Counter(p.prefill_sms for p in second.tables["ragged"].points) == {8: 20, 16: 20, 24: 20}
+    assert len({p.key for p in second.tables["ragged"].points}) == 60
+
+
+def test_what_is_shown_of_a_mode_is_what_the_cost_model_says(hilly: Profile) -> None:
+    cost, prices = hilly.cost(), Prices(hilly)
+    place = replace(place_of(hilly.hybrid.points[0]), tokens=300, batch=20, kv_tokens=9000)
+    for sharing in prices.sharings:
+        at = Allocation(Mode(sharing.mode), sharing.prefill_sms, sharing.decode_sms)
+        shown = prices.shared(sharing, place)
+        assert shown.prefill.beside.seconds == cost.prefill_s(place.prefill, at, place.decode)[0]
+        assert shown.decode.beside.seconds == cost.decode_s(place.decode, at, place.prefill)[0][0]
+    assert survey(hilly).points
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mode": "mixed"}, "mode: found 'mixed'; expected split, capped or priority"),
+        ({"new_tokens": "3 x"}, "new_tokens: found '3 x'; expected whole numbers"),
+        ({"new_tokens": "0", "context_lens": "4"}, "new_tokens: found 0; expected one or more of each prompt"),
+        ({"new_tokens": "3 4", "context_lens": "1"}, "context_lens: found 1 numbers; expected 2 as in new_tokens"),
+    ],
+)
+def test_a_malformed_row_is_refused(hilly: Profile, changed: dict[str, str], message: str, tmp_path: Path) -> None:
+    shutil.copytree(hilly.folder, folder := tmp_path / "p")
+    text = (folder / "ragged.csv").read_text(encoding="utf-8").splitlines()
+    names, row = text[0].split(","), dict(zip(text[0].split(","), text[2].split(","), strict=True))
+    text[2] = ",".join((row | changed)[name] for name in names)
+    (folder / "ragged.csv").write_text("\n".join(text) + "\n", encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        load_profile(folder).cost()
+    assert str(error.value) == f"{folder / 'ragged.csv'}: row 3: {message}"
+
+
+def test_a_model_of_attention_alone_can_have_them(hilly: Profile) -> None:
+    """Its logarithms have no offsets."""
+    assert MODEL.weights_bytes > 0
+    alone = replace(hilly, weights_bytes=0)
+    batch, decode = PrefillShape(4096, 4096.0 * 64), DecodeShape(8, 512)
+    assert alone.cost().prefill_s(batch, alone.cost().splits[0], decode)[0] > 0
