@@ -10,8 +10,8 @@ import numpy as np
 from semipd._steps import Grid
 from semipd.alone import Dealing, DecodeCurves, Surface, fastest, grouped, stairs, typical_prompts, with_tiles
 from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, PrefillShape
-from semipd.correction import Units, smooth
-from semipd.grid import Knots, arranged, axis, completed, sparse_values
+from semipd.correction import Correction, Seen, Units
+from semipd.grid import arranged, axis, completed, sparse_values
 from semipd.padding import Padded
 from semipd.points import HybridPoint, RaggedPoint, whole_numbers
 
@@ -23,6 +23,9 @@ SHARED = ("tokens", "mean_context", "batch", "kv_tokens")
 
 CONTEXT_KNEE = 2048
 """Of a model with weights: see docs/adr/0005-profiles-through-the-serving-executor.md for what it rests on."""
+
+Place = tuple[int, int, int, int]
+"""Numbers of the variables of ``SHARED``."""
 
 PARTS = {"tokens": 16, "mean_context": 4, "batch": 8, "kv_tokens": 6}
 """Into how many equal parts of its logarithms the range of a variable is cut, where ragged batches tell more."""
@@ -76,11 +79,6 @@ class Observed:
     prefill_s: float
     decode_s: float
 
-    @property
-    def place(self) -> tuple[float, float, float, float]:
-        """By ``SHARED``."""
-        return self.prefill.tokens, self.prefill.mean_context, self.decode.batch, self.decode.kv_tokens
-
 
 def observations(points: Sequence[RaggedPoint], source: str) -> dict[Allocation, list[Observed]]:
     """The rows of a table of ragged batches. Raises InputError naming the row that cannot be read."""
@@ -102,10 +100,118 @@ def observations(points: Sequence[RaggedPoint], source: str) -> dict[Allocation,
     return found
 
 
-def contentions(
+@dataclass(frozen=True)
+class Way:
+    """A way of sharing by its rows of a hybrid table, and what each phase takes there alone.
+
+    ``prefill_s``: without the stairs that nothing is left of beside the other phase; ``most_tokens``: of the largest
+    batch measured alone. ``values``: of the variables of ``SHARED``; ``rows``: which combinations of them were
+    measured. ``prefill``, ``decode``: shares of its speed alone that each phase keeps, at all combinations.
+    """
+
+    at: Allocation
+    prefill_s: Grid
+    most_tokens: int
+    dealing: Dealing | None
+    decode_s: DecodeCurves
+    scales: Scales
+    padded: Padded
+    values: list[list[int]]
+    rows: frozenset[Place]
+    prefill: FloatArray
+    decode: FloatArray
+
+    @property
+    def offsets(self) -> tuple[float, ...]:
+        """What is added to the variables before logarithms are taken."""
+        return _offsets(self.scales)
+
+    @property
+    def units(self) -> Units:
+        """Between the ends of the values."""
+        return Units.of(self.values, self.offsets)
+
+    @property
+    def contention(self) -> Contention:
+        """Arranged for look-ups."""
+        return self._arranged(self.values, self.prefill, self.decode)
+
+    def _arranged(self, values: Sequence[Sequence[int]], prefill: FloatArray, decode: FloatArray) -> Contention:
+        """To prefill, a decode batch is as large as it is padded to: its kernels are those of that size."""
+        axes = [axis(name, v, log=True, offset=o) for name, v, o in zip(SHARED, values, self.offsets, strict=True)]
+        tokens, _, batches, kv = values
+        if tokens[-1] >= FILLS_TOKENS:
+            axes[0] = axis("tokens", tokens, log=True, high=self.most_tokens)
+        alone = self.decode_s
+        knots = np.union1d(alone.kv_tokens, np.array(kv, dtype=np.float64))
+        at, among = (np.log2(np.asarray(x, dtype=np.float64) + self.scales.kv_tokens) for x in (knots, kv))
+        steps, counts_as = stairs(batches, self.padded.batch)
+        padded = np.einsum("tmbk,bs->tmsk", prefill, _shares(np.log2(counts_as), np.log2(batches)))
+        return Contention(
+            prefill=Grid([*axes[:2], axis("batch", steps, log=True), axes[3]], padded.reshape(-1)),
+            prefill_alone=self.prefill_s,
+            decode=Grid(axes[:3], decode.reshape(-1, len(kv)) @ _shares(at, among)),
+            solo=Grid(alone.at_batch.axes, np.array([np.interp(knots, alone.kv_tokens, row) for row in alone.rows])),
+            kv_tokens=knots,
+            low=max(alone.kv.low, axes[3].low),
+            high=min(alone.kv.high, axes[3].high),
+        )
+
+    def seen(self, observed: Sequence[Observed]) -> tuple[Seen, Seen]:
+        """What the rows are off at ragged batches, of prefill and of decode; at the rows themselves nothing."""
+        plain, units = self.contention, self.units
+        off = np.array([self._off(plain, each) for each in observed], np.float64).reshape(-1, 2)
+        exact = units.at(np.array(sorted(self.rows), np.float64))
+        prefill, decode = (
+            units.at(np.array([self._place(each, padded) for each in observed], np.float64).reshape(-1, len(SHARED)))
+            for padded in (True, False)
+        )
+        return Seen(self.at, exact, prefill, off[:, 0]), Seen(self.at, exact, decode, off[:, 1])
+
+    def corrected(self, prefill: Correction, decode: Correction) -> Contention:
+        """With what lies between the rows; these stay as they are."""
+        finer = [sorted({*of, *more}) for of, more in zip(self.values, self._between(), strict=True)]
+        nodes, among = ([self.units.along(i, of) for i, of in enumerate(v)] for v in (finer, self.values))
+        rows = ~np.isnan(arranged(dict.fromkeys(self.rows, 0.0), finer))
+        speeds = (
+            _at_all(nodes, among, speed) * np.exp(np.where(rows, 0.0, off.at_all(self.at, nodes)))
+            for speed, off in ((self.prefill, prefill), (self.decode, decode))
+        )
+        return self._arranged(finer, *speeds)
+
+    def _between(self) -> list[list[int]]:
+        """Evenly by their logarithms, between the ends; of batches those that they are padded to."""
+        found = []
+        for name, of, offset in zip(SHARED, self.values, self.offsets, strict=True):
+            low, high = np.log2(of[0] + offset), np.log2(of[-1] + offset)
+            even = np.exp2(np.linspace(low, high, PARTS[name] + 1)) - offset
+            sizes = self.padded.batch if name == "batch" else ()
+            found.append([x for x in sizes or np.round(even).astype(int).tolist() if of[0] < x < of[-1]])
+        return found
+
+    def _place(self, each: Observed, padded: bool) -> tuple[float, float, float, float]:
+        """Where a look-up goes, by ``SHARED``; with the size of the decode batch as it is ``padded``, or its own."""
+        shape, batch = each.prefill, each.decode.batch
+        context = shape.mean_context if self.dealing else with_tiles(shape, (self.padded.queries - 1) / 2)
+        rows = next((size for size in self.padded.batch if size >= batch), batch)
+        return shape.tokens, context, rows if padded else batch, each.decode.kv_tokens
+
+    def _off(self, plain: Contention, each: Observed) -> tuple[float, float]:
+        """Logarithm of what the rows say that each phase takes over what it took."""
+        shape = each.prefill
+        tokens, context, batch, kv_tokens = self._place(each, padded=False)
+        prefill_s = plain.prefill_alone.number(tokens, context)[0]
+        if self.dealing:
+            prefill_s += self.dealing.beyond_s(shape.tokens, context, shape.new_tokens, shape.context_lens)
+        prefill_s /= plain.prefill.number(tokens, context, batch, kv_tokens)[0]
+        curve_s = plain.solo.vector(batch)[0] / plain.decode.vector(tokens, context, batch)[0]
+        decode_s = float(np.interp(kv_tokens, plain.kv_tokens, curve_s))
+        return float(np.log(prefill_s / each.prefill_s)), float(np.log(decode_s / each.decode_s))
+
+
+def ways_of(
     mode: Mode,
     points: Iterable[HybridPoint],
-    observed: Mapping[Allocation, Sequence[Observed]],
     prefill: Mapping[int, Surface],
     dealing: Mapping[int, Dealing],
     decode: Mapping[int, DecodeCurves],
@@ -113,11 +219,8 @@ def contentions(
     scales: Scales,
     padded: Padded,
     source: str,
-) -> dict[Allocation, Contention]:
-    """Contention in every allocation of a mode, by its rows of a hybrid table and by ragged batches.
-
-    Raises InputError as ``Tables.of`` does.
-    """
+) -> dict[Allocation, Way]:
+    """Every allocation of a mode. Raises InputError as ``Tables.of`` does."""
     shared = grouped(points, lambda p: (p.prefill_sms, p.decode_sms))
     if not shared:
         expected = "at least one measured split" if mode is Mode.SPLIT else "some to choose it"
@@ -138,8 +241,19 @@ def contentions(
                 raise InputError(f"{source}/{table}: sms: {sms} not found; expected it, for {name} of hybrid.csv")
         alone = prefill[prefill_sms], dealing.get(prefill_sms), decode[decode_sms]
         rows = shared[prefill_sms, decode_sms]
-        found[at] = _contention(rows, observed.get(at, ()), *alone, scales, padded, f"{source}/hybrid.csv: {name}")
+        found[at] = _way(at, rows, *alone, scales, padded, f"{source}/hybrid.csv: {name}")
     return found
+
+
+def contentions(
+    ways: Mapping[Allocation, Way], observed: Mapping[Allocation, Sequence[Observed]]
+) -> dict[Allocation, Contention]:
+    """In every way of sharing, by its rows and by ragged batches, from which all ways learn together."""
+    if not any(observed.get(at) for at in ways):
+        return {at: way.contention for at, way in ways.items()}
+    seen = [way.seen(observed.get(at, ())) for at, way in ways.items()]
+    corrections = [Correction.of([each[phase] for each in seen]) for phase in (0, 1)]
+    return {at: way.corrected(*corrections) for at, way in ways.items()}
 
 
 def _without_stairs(surface: Surface, stairs_to: int | None, tokens: Sequence[int]) -> Grid:
@@ -158,157 +272,46 @@ def _without_stairs(surface: Surface, stairs_to: int | None, tokens: Sequence[in
     return Grid([axis("tokens", [along[i] for i in kept]), axis("mean_context", contexts)], rows[kept])
 
 
-def _contention(
+def _way(
+    at: Allocation,
     points: Iterable[HybridPoint],
-    observed: Sequence[Observed],
     prefill: Surface,
     dealing: Dealing | None,
     decode: DecodeCurves,
     scales: Scales,
     padded: Padded,
     where: str,
-) -> Contention:
+) -> Way:
     """Speeds in one way of sharing: the time alone there, which may lie between its points, over the measured time.
 
     They follow the logarithms of the tokens, of the batch, and of what both phases have to do for each: matrix products
-    and attention. Where several prefill backends were measured, the row of the fastest counts for both phases. What
-    ragged batches are off between the rows is smoothed.
+    and attention. Where several prefill backends were measured, the row of the fastest counts for both phases.
     """
     best = fastest(points, lambda p: (p.tokens, p.mean_context, p.batch, p.kv_tokens), lambda p: p.prefill_median_ms)
     grid = sparse_values(best, SHARED, where)
     values = [list(of.values) for of in grid]
     alone = _without_stairs(prefill, padded.tokens[-1] if padded.tokens else None, values[0])
-    way = _Way(alone, prefill[0][-1], dealing, decode, scales, padded)
-    speeds = way.speeds(best, grid)
-    plain = way.contention(values, *speeds)
-    return plain if not observed else way.contention(*way.corrected(plain, values, speeds, set(best), observed))
+    prefill_s = {
+        (t, m): alone.number(t, m)[0] + (dealing.beyond_s(t, m, *typical_prompts(t, m)) if dealing else 0.0)
+        for t, m in {place[:2] for place in best}
+    }
+    curves = {b: decode.at_batch.vector(b)[0] for b in values[2]}
+    decode_s = {(b, k): float(np.interp(k, decode.kv_tokens, curves[b])) for b, k in {place[2:] for place in best}}
+    straight = [np.log2(np.array(of) + offset) for of, offset in zip(values, _offsets(scales), strict=True)]
 
-
-Speeds = tuple[FloatArray, FloatArray]
-"""Shares of its speed alone that prefill keeps, and decode, at all combinations of values of ``SHARED``."""
-
-
-@dataclass(frozen=True)
-class _Way:
-    """A way of sharing, and what each phase takes there alone. ``most_tokens``: of the largest batch measured so."""
-
-    prefill: Grid
-    most_tokens: int
-    dealing: Dealing | None
-    decode: DecodeCurves
-    scales: Scales
-    padded: Padded
-
-    @property
-    def offsets(self) -> tuple[float, ...]:
-        """What is added to the variables of ``SHARED`` before logarithms are taken."""
-        return 0.0, self.scales.mean_context, 0.0, self.scales.kv_tokens
-
-    def speeds(self, best: Mapping[tuple[int, int, int, int], HybridPoint], grid: Sequence[Knots]) -> Speeds:
-        """By the rows of a hybrid table, each at its place."""
-        prefill_s = {
-            (t, m): self.prefill.number(t, m)[0]
-            + (self.dealing.beyond_s(t, m, *typical_prompts(t, m)) if self.dealing else 0.0)
-            for t, m, _, _ in best
-        }
-        alone_s = {b: self.decode.at_batch.vector(b)[0] for _, _, b, _ in best}
-        prefill = {(t, m, b, k): prefill_s[t, m] * 1e3 / p.prefill_median_ms for (t, m, b, k), p in best.items()}
-        decode = {
-            (t, m, b, k): float(np.interp(k, self.decode.kv_tokens, alone_s[b])) * 1e3 / p.decode_median_ms
-            for (t, m, b, k), p in best.items()
-        }
-        return self._everywhere(prefill, grid), self._everywhere(decode, grid)
-
-    def _everywhere(self, speeds: Mapping[tuple[int, int, int, int], float], grid: Sequence[Knots]) -> FloatArray:
-        measured = arranged(speeds, [of.values for of in grid])
-        straight = [np.log2(np.array(of.values) + offset) for of, offset in zip(grid, self.offsets, strict=True)]
+    def everywhere(speeds: Mapping[Place, float]) -> FloatArray:
+        measured = arranged(speeds, values)
         return np.where(np.isnan(measured), np.exp(completed(np.log(measured), grid, straight)), measured)
 
-    def contention(self, values: Sequence[Sequence[int]], prefill: FloatArray, decode: FloatArray) -> Contention:
-        """Arranged for look-ups.
+    return Way(
+        at, alone, prefill[0][-1], dealing, decode, scales, padded, values, frozenset(best),
+        prefill=everywhere({place: prefill_s[place[:2]] * 1e3 / p.prefill_median_ms for place, p in best.items()}),
+        decode=everywhere({place: decode_s[place[2:]] * 1e3 / p.decode_median_ms for place, p in best.items()}),
+    )  # fmt: skip
 
-        To prefill, a decode batch is as large as it is padded to: its kernels are those of that size.
-        """
-        axes = [axis(name, v, log=True, offset=o) for name, v, o in zip(SHARED, values, self.offsets, strict=True)]
-        tokens, _, batches, kv = values
-        if tokens[-1] >= FILLS_TOKENS:
-            axes[0] = axis("tokens", tokens, log=True, high=self.most_tokens)
-        knots = np.union1d(self.decode.kv_tokens, np.array(kv, dtype=np.float64))
-        at, among = (np.log2(np.asarray(x, dtype=np.float64) + self.scales.kv_tokens) for x in (knots, kv))
-        steps, counts_as = stairs(batches, self.padded.batch)
-        padded = np.einsum("tmbk,bs->tmsk", prefill, _shares(np.log2(counts_as), np.log2(batches)))
-        alone = self.decode
-        return Contention(
-            prefill=Grid([*axes[:2], axis("batch", steps, log=True), axes[3]], padded.reshape(-1)),
-            prefill_alone=self.prefill,
-            decode=Grid(axes[:3], np.array([np.interp(at, among, of) for of in decode.reshape(-1, len(kv))])),
-            solo=Grid(alone.at_batch.axes, np.array([np.interp(knots, alone.kv_tokens, row) for row in alone.rows])),
-            kv_tokens=knots,
-            low=max(alone.kv.low, axes[3].low),
-            high=min(alone.kv.high, axes[3].high),
-        )
 
-    def corrected(
-        self,
-        plain: Contention,
-        values: Sequence[Sequence[int]],
-        speeds: Speeds,
-        measured: set[tuple[int, int, int, int]],
-        observed: Sequence[Observed],
-    ) -> tuple[list[list[int]], FloatArray, FloatArray]:
-        """At more values of the variables: what the rows say there, and what ragged batches were off.
-
-        Args:
-            plain: What the rows say.
-            values: Of the variables, in the rows.
-            speeds: At these.
-            measured: Which of their combinations are rows; these stay as they are.
-            observed: The ragged batches.
-        """
-        finer = [sorted({*of, *more}) for of, more in zip(values, self._between(values), strict=True)]
-        units = Units.of(values, self.offsets)
-        nodes, among = ([units.along(i, of) for i, of in enumerate(along)] for along in (finer, values))
-        exact = units.at(np.array(sorted(measured), np.float64))
-        rows = ~np.isnan(arranged(dict.fromkeys(measured, 0.0), finer))
-        off = np.array([self._off(plain, each) for each in observed])
-        found = []
-        for phase, speed in enumerate(speeds):
-            at = units.at(np.array([self._place(each, padded=phase == 0) for each in observed], np.float64))
-            beyond = np.where(rows, 0.0, smooth(nodes, at, off[:, phase], exact))
-            found.append(_at_all(nodes, among, speed) * np.exp(beyond))
-        return finer, found[0], found[1]
-
-    def _between(self, values: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Evenly by their logarithms, between the ends; of batches those that they are padded to."""
-        found = []
-        for name, of, offset in zip(SHARED, values, self.offsets, strict=True):
-            low, high = np.log2(of[0] + offset), np.log2(of[-1] + offset)
-            even = np.exp2(np.linspace(low, high, PARTS[name] + 1)) - offset
-            sizes = self.padded.batch if name == "batch" else ()
-            more = sizes or np.round(even).astype(int).tolist()
-            found.append([x for x in more if of[0] < x < of[-1]])
-        return found
-
-    def _place(self, each: Observed, *, padded: bool) -> tuple[float, float, float, float]:
-        """Where a look-up goes, by ``SHARED``."""
-        batch = each.decode.batch
-        if padded and self.padded.batch:
-            batch = next((size for size in self.padded.batch if size >= batch), batch)
-        return each.prefill.tokens, self._context(each.prefill), batch, each.decode.kv_tokens
-
-    def _context(self, shape: PrefillShape) -> float:
-        return shape.mean_context if self.dealing else with_tiles(shape, (self.padded.queries - 1) / 2)
-
-    def _off(self, plain: Contention, each: Observed) -> tuple[float, float]:
-        """Logarithm of what the rows say that each phase takes over what it took."""
-        tokens, context, batch, kv_tokens = self._place(each, padded=False)
-        prefill_s = plain.prefill_alone.number(tokens, context)[0]
-        if self.dealing:
-            prefill_s += self.dealing.beyond_s(int(tokens), context, each.prefill.new_tokens, each.prefill.context_lens)
-        prefill_s /= plain.prefill.number(tokens, context, batch, kv_tokens)[0]
-        curve_s = plain.solo.vector(batch)[0] / plain.decode.vector(tokens, context, batch)[0]
-        decode_s = float(np.interp(kv_tokens, plain.kv_tokens, curve_s))
-        return float(np.log(prefill_s / each.prefill_s)), float(np.log(decode_s / each.decode_s))
+def _offsets(scales: Scales) -> tuple[float, ...]:
+    return 0.0, scales.mean_context, 0.0, scales.kv_tokens
 
 
 def _shares(at: FloatArray, among: FloatArray) -> FloatArray:

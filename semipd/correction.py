@@ -14,10 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from semipd.core import FloatArray
+from semipd.core import Allocation, FloatArray, IntArray
 
 LENGTHS = (0.45, 1.4, 0.7, 0.9)
 """Over which tokens, mean context, batch and KV tokens stay alike, as shares of the ranges of their logarithms."""
+
+SMS_LENGTH = 2.0
+"""Octaves of prefill's SMs over which ways of sharing stay alike."""
+
+OTHER_MODE = 0.5
+"""How alike two modes are at the same SMs."""
 
 SPREAD = 0.15
 """Standard deviation of what logarithms of speeds are off between points."""
@@ -60,25 +66,56 @@ class Units:
         return self.at(places)[:, variable]
 
 
-def smooth(nodes: Sequence[FloatArray], seen_at: FloatArray, seen: FloatArray, exact: FloatArray) -> FloatArray:
-    """What is most likely off at every combination of values, no more than the most that was seen.
+@dataclass(frozen=True)
+class Seen:
+    """In one way of sharing, where nothing is off, where it was seen how much is, and how much, shape [n].
 
-    Args:
-        nodes: Of each variable its values, in units.
-        seen_at: Where it was seen how much was off, in units, shape [n, variables].
-        seen: How much, shape [n].
-        exact: Where nothing is, shape [m, variables].
+    Places are in units, shape [places, variables].
     """
-    places = np.concatenate((exact, seen_at))
-    noise = np.concatenate((np.full(len(exact), EXACT), np.full(len(seen), NOISE**2)))
-    covariance = SPREAD**2 * _alike(places, places) + np.diag(noise)
-    weights = SPREAD**2 * np.linalg.solve(covariance, np.concatenate((np.zeros(len(exact)), seen)))
-    along = [_alike_along(i, of, places[:, i]) for i, of in enumerate(nodes)]
-    half = len(along) // 2
-    first, second = (_combined(some, len(places)) for some in (along[:half], along[half:]))
-    found = ((first * weights) @ second.T).reshape([len(of) for of in nodes])
-    clipped: FloatArray = np.clip(found, min(0.0, seen.min()), max(0.0, seen.max()))
-    return clipped
+
+    at: Allocation
+    exact: FloatArray
+    places: FloatArray
+    off: FloatArray
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What is most likely off, in every way of sharing, no more than the most that was seen.
+
+    ``ways``, and by their index ``way`` with ``places``, where something is known, shape [n] and [n, variables];
+    ``weights``: of it, shape [n].
+    """
+
+    ways: tuple[Allocation, ...]
+    way: IntArray
+    places: FloatArray
+    weights: FloatArray
+    least: float
+    most: float
+
+    @staticmethod
+    def of(seen: Sequence[Seen]) -> Correction:
+        """From all ways together: what one is off, others are expected to be, too, the more alike they are."""
+        ways = tuple(each.at for each in seen)
+        way = np.repeat(np.arange(len(seen)), [len(each.exact) + len(each.places) for each in seen])
+        places = np.concatenate([part for each in seen for part in (each.exact, each.places)])
+        parts = [(np.zeros(len(each.exact)), each.off) for each in seen]
+        off = np.concatenate([part for both in parts for part in both])
+        noise = [np.full(len(part), of) for both in parts for part, of in zip(both, (EXACT, NOISE**2), strict=True)]
+        alike = _alike(places, places) * _ways_alike(ways, ways)[np.ix_(way, way)]
+        weights = np.linalg.solve(SPREAD**2 * alike + np.diag(np.concatenate(noise)), off)
+        return Correction(ways, way, places, weights, float(off.min()), float(off.max()))
+
+    def at_all(self, way: Allocation, nodes: Sequence[FloatArray]) -> FloatArray:
+        """In one way, at every combination of values of each variable, in units."""
+        weights = SPREAD**2 * self.weights * _ways_alike((way,), self.ways)[0][self.way]
+        along = [_alike_along(i, of, self.places[:, i]) for i, of in enumerate(nodes)]
+        half = len(along) // 2
+        first, second = (_combined(some, len(self.places)) for some in (along[:half], along[half:]))
+        found = ((first * weights) @ second.T).reshape([len(of) for of in nodes])
+        clipped: FloatArray = np.clip(found, min(0.0, self.least), max(0.0, self.most))
+        return clipped
 
 
 def uncertainty(places: FloatArray, known: FloatArray) -> FloatArray:
@@ -101,6 +138,14 @@ def _alike_along(variable: int, a: FloatArray, b: FloatArray) -> FloatArray:
 def _alike(a: FloatArray, b: FloatArray) -> FloatArray:
     """Correlation of places, shape [a, b]."""
     found: FloatArray = np.prod([_alike_along(i, a[:, i], b[:, i]) for i in range(a.shape[1])], axis=0)
+    return found
+
+
+def _ways_alike(a: Sequence[Allocation], b: Sequence[Allocation]) -> FloatArray:
+    """Correlation of ways of sharing, by prefill's SMs and by the mode, shape [a, b]."""
+    apart = np.sqrt(3) * np.abs(np.log2([[x.prefill_sms / y.prefill_sms for y in b] for x in a])) / SMS_LENGTH
+    same = np.array([[1.0 if x.mode is y.mode else OTHER_MODE for y in b] for x in a])
+    found: FloatArray = (1 + apart) * np.exp(-apart) * same
     return found
 
 

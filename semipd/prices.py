@@ -9,10 +9,13 @@ from math import log2
 
 from semipd.core import Allocation, DecodeShape, InputError, Mode, PrefillShape
 from semipd.cost import CostModel
-from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, RaggedPoint, Sharing
 from semipd.profile import Profile
 
-MODES = ("split", "capped", "priority", "streams")
+STREAMS = "streams"
+"""Two plain streams of equal priority: measured to compare with, and no mode that a policy can choose."""
+
+MODES = ("split", "capped", "priority", STREAMS)
 """Ways of running both phases beside each other that a hybrid table may hold."""
 
 
@@ -103,8 +106,8 @@ class Shared:
 class Prices:
     """Step times of a profile, each with its source.
 
-    Ways of sharing other than splits are priced as splits are: at a measured place its median, elsewhere the time
-    alone times an interpolated slowdown. ``refused``: why the rows of a mode cannot be used, by mode. ``fused_tokens``:
+    At a measured place that is its median, elsewhere the time alone times an interpolated slowdown; plain streams are
+    priced as splits are. ``refused``: why the rows of a mode cannot be used, by mode. ``fused_tokens``:
     the least and the most prompt tokens that a measured fused step holds, None when none can be priced.
 
     Raises InputError as ``Profile.cost`` does.
@@ -114,15 +117,18 @@ class Prices:
         self.layers = profile.layers
         self.device_sms = profile.device_sms
         self.refused: dict[str, str] = {}
-        self._costs: dict[str, CostModel] = {"split": profile.cost()}
-        for mode in MODES[1:]:
-            rows = tuple(replace(p, mode="split") for p in profile.hybrid.points if p.mode == mode)
-            if rows:
-                try:
-                    self._costs[mode] = _as_splits(profile, mode, rows).cost()
-                except InputError as error:
-                    self.refused[mode] = str(error)
-        fused, unusable = profile.mixed.points if profile.mixed else (), self._costs["split"].refused.get(Mode.MIXED)
+        self._cost = profile.cost()
+        measured = {p.mode for p in profile.hybrid.points}
+        self.refused |= {mode.value: why for mode, why in self._cost.refused.items() if mode.value in measured}
+        found = [(at.mode.value, at, self._cost) for at in self._cost.allocations if at.mode is not Mode.MIXED]
+        if rows := tuple(replace(p, mode="split") for p in profile.hybrid.points if p.mode == STREAMS):
+            try:
+                cost = replace(profile, hybrid=replace(profile.hybrid, points=rows), ragged=None).cost()
+                found += [(STREAMS, at, cost) for at in cost.splits]
+            except InputError as error:
+                self.refused[STREAMS] = str(error)
+        self._ways = {Sharing(mode, at.prefill_sms, at.decode_sms): (at, cost) for mode, at, cost in found}
+        fused, unusable = profile.mixed.points if profile.mixed else (), self._cost.refused.get(Mode.MIXED)
         if fused and unusable:
             self.refused[Mode.MIXED.value] = unusable
         tokens = {p.tokens for p in fused}
@@ -138,32 +144,32 @@ class Prices:
     @property
     def sharings(self) -> tuple[Sharing, ...]:
         """The measured ways of sharing, splits first, by ascending prefill SMs."""
-        return tuple(
-            Sharing(mode, at.prefill_sms, at.decode_sms) for mode, cost in self._costs.items() for at in cost.splits
-        )
+        return tuple(self._ways)
 
     def prefill_alone(self, sms: int, place: Place) -> Time:
         """One layer alone on ``sms`` SMs. Raises KeyError for a partition that was not measured, as all here do."""
-        return self._prefill_s("split", Allocation(Mode.SPLIT, sms, sms), place, None, self._prefill_known(sms, place))
+        at, known = Allocation(Mode.SPLIT, sms, sms), (sms, place.tokens, place.mean_context) in self._prefill
+        return _prefill_time(self._cost, at, place, None, known)
 
     def decode_alone(self, sms: int, place: Place) -> Time:
         """One step alone on ``sms`` SMs."""
-        return self._decode_s("split", Allocation(Mode.SPLIT, sms, sms), place, None, self._decode_known(sms, place))
+        at, known = Allocation(Mode.SPLIT, sms, sms), (sms, place.batch, place.kv_tokens) in self._decode
+        return _decode_time(self._cost, at, place, None, known)
 
     def shared(self, sharing: Sharing, place: Place) -> Shared:
         """Both phases, alone on their partitions and beside each other."""
-        at = Allocation(Mode.SPLIT, sharing.prefill_sms, sharing.decode_sms)
+        at, cost = self._ways[sharing]
         row = self._hybrid.get((sharing, place))
         known = row is not None
         return Shared(
             sharing,
             Beside(
                 self.prefill_alone(sharing.prefill_sms, place),
-                self._prefill_s(sharing.mode, at, place, place.decode, known),
+                _prefill_time(cost, at, place, place.decode, known),
             ),
             Beside(
                 self.decode_alone(sharing.decode_sms, place),
-                self._decode_s(sharing.mode, at, place, place.prefill, known),
+                _decode_time(cost, at, place, place.prefill, known),
             ),
             None if row is None else max(spreads(row)),
         )
@@ -174,31 +180,19 @@ class Prices:
         The prompts are as far on as the load's are. Raises KeyError when no fused step was measured.
         """
         at = replace(place, tokens=prompt_tokens)
-        seconds, outside = self._costs["split"].mixed_s(at.prefill, at.decode)
+        seconds, outside = self._cost.mixed_s(at.prefill, at.decode)
         row = self._fused.get(at)
         return Time(seconds, _source(row is not None, outside)), None if row is None else max(spreads(row))
 
-    def _prefill_known(self, sms: int, place: Place) -> bool:
-        return (sms, place.tokens, place.mean_context) in self._prefill
 
-    def _decode_known(self, sms: int, place: Place) -> bool:
-        return (sms, place.batch, place.kv_tokens) in self._decode
-
-    def _prefill_s(self, mode: str, at: Allocation, place: Place, beside: DecodeShape | None, known: bool) -> Time:
-        seconds, outside = self._costs[mode].prefill_s(place.prefill, at, beside)
-        return Time(seconds, _source(known, outside))
-
-    def _decode_s(self, mode: str, at: Allocation, place: Place, beside: PrefillShape | None, known: bool) -> Time:
-        seconds, outside = self._costs[mode].decode_s(place.decode, at, beside)
-        return Time(float(seconds[0]), _source(known, bool(outside)))
+def _prefill_time(cost: CostModel, at: Allocation, place: Place, beside: DecodeShape | None, known: bool) -> Time:
+    seconds, outside = cost.prefill_s(place.prefill, at, beside)
+    return Time(seconds, _source(known, outside))
 
 
-def _as_splits(profile: Profile, mode: str, rows: tuple[HybridPoint, ...]) -> Profile:
-    """With these rows only, and with the ragged batches of a mode as those of splits."""
-    ragged = profile.ragged
-    if ragged is not None:
-        ragged = replace(ragged, points=tuple(replace(p, mode="split") for p in ragged.points if p.mode == mode))
-    return replace(profile, hybrid=replace(profile.hybrid, points=rows), ragged=ragged)
+def _decode_time(cost: CostModel, at: Allocation, place: Place, beside: PrefillShape | None, known: bool) -> Time:
+    seconds, outside = cost.decode_s(place.decode, at, beside)
+    return Time(float(seconds[0]), _source(known, bool(outside)))
 
 
 def _source(known: bool, outside: bool) -> Source:
@@ -214,8 +208,8 @@ def place_of(point: HybridPoint | MixedPoint) -> Place:
     return Place(point.tokens, point.mean_context, point.batch, point.kv_tokens)
 
 
-def spreads(point: PrefillPoint | DecodePoint | HybridPoint | MixedPoint) -> list[float]:
+def spreads(point: PrefillPoint | DecodePoint | HybridPoint | MixedPoint | RaggedPoint) -> list[float]:
     """p90 - p10 over the median, of everything that was timed there."""
-    prefixes = ("prefill_", "decode_") if isinstance(point, HybridPoint) else ("",)
+    prefixes = ("prefill_", "decode_") if isinstance(point, (HybridPoint, RaggedPoint)) else ("",)
     columns = [[getattr(point, f"{prefix}{name}_ms") for name in ("p10", "median", "p90")] for prefix in prefixes]
     return [(p90 - p10) / median for p10, median, p90 in columns]

@@ -113,7 +113,7 @@ class Scatter:
         if unknown := [way for way in open_ if not np.isfinite(way.error)]:
             return unknown
         turns: list[_Way] = []
-        for _ in range(2 * len(open_)):
+        for _ in range(3 * len(open_)):
             then = [(way, way.ragged + turns.count(way)) for way in open_]
             left = [(way.error / (1 + n), way) for way, n in then if n < self._config.ragged]
             turns += [max(left, key=lambda each: each[0])[1]] if left else []

@@ -11,7 +11,7 @@ import numpy as np
 
 from semipd.core import DecodeShape, InputError, Mode
 from semipd.frontier import InTurn, OperatingPoint, Optimum, Stretch, best_where, dominator, optimum
-from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, Sharing
+from semipd.points import DecodePoint, HybridPoint, MixedPoint, PrefillPoint, RaggedPoint, Sharing
 from semipd.policies import CHUNKS
 from semipd.prices import MODES, Place, Prices, Shared, Source, Time, place_of, spreads, worst
 from semipd.profile import Profile
@@ -334,12 +334,15 @@ _AXES = {
     "prefill": ("sms", "tokens", "mean_context", "backend"),
     "decode": ("sms", "batch", "kv_tokens", "backend"),
     "hybrid": ("mode", "prefill_sms", "decode_sms", "tokens", "mean_context", "batch", "kv_tokens"),
+    "ragged": ("mode", "prefill_sms", "decode_sms"),
     "mixed": ("tokens", "mean_context", "batch", "kv_tokens", "backend"),
 }
 """Variables of each table."""
 
 
-def _extent(points: Sequence[PrefillPoint | DecodePoint | HybridPoint | MixedPoint], axes: Sequence[str]) -> Extent:
+def _extent(
+    points: Sequence[PrefillPoint | DecodePoint | HybridPoint | MixedPoint | RaggedPoint], axes: Sequence[str]
+) -> Extent:
     values = {name: tuple(sorted({getattr(p, name) for p in points})) for name in axes}
     shares = [share for p in points for share in spreads(p)]
     middle, high = (float(x) for x in np.percentile(shares, [50, 95]))

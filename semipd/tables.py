@@ -11,7 +11,7 @@ import numpy as np
 
 from semipd._steps import Grid, Waves
 from semipd.alone import Dealing, DecodeCurves, decode_curves, fastest, grouped, prefill_surface
-from semipd.contention import NO_SCALES, SHARED, Contention, Scales, contentions, observations
+from semipd.contention import NO_SCALES, SHARED, Contention, Scales, Way, contentions, observations, ways_of
 from semipd.core import Allocation, InputError, Mode
 from semipd.grid import arranged, axis, completed, sparse_values
 from semipd.padding import NOT_PADDED, Padded
@@ -102,11 +102,9 @@ class Tables:
         by_mode = grouped(hybrid, lambda p: p.mode)
         observed = observations(ragged, f"{source}/ragged.csv")
 
-        def shared(mode: Mode) -> dict[Allocation, Contention]:
+        def shared(mode: Mode) -> dict[Allocation, Way]:
             points = by_mode.get(mode.value, ())
-            return contentions(
-                mode, points, observed, prefill_alone, dealing, decode_of, device_sms, scales, padded, source
-            )
+            return ways_of(mode, points, prefill_alone, dealing, decode_of, device_sms, scales, padded, source)
 
         refused: dict[Mode, str] = {}
 
@@ -117,9 +115,9 @@ class Tables:
                 refused[mode] = str(error)
                 return None
 
-        contention = shared(Mode.SPLIT)
+        ways = shared(Mode.SPLIT)
         for mode in (Mode.CAPPED, Mode.PRIORITY):
-            contention |= unless_refused(mode, partial(shared, mode)) or {}
+            ways |= unless_refused(mode, partial(shared, mode)) or {}
         tokens, _, seconds = prefill_alone[device_sms]
         fused_rows = Grid([axis("tokens", tokens)], seconds[:, 0] * bool(padded.tokens))
         fused = unless_refused(Mode.MIXED, lambda: _fused(mixed, fused_rows, f"{source}/mixed.csv"))
@@ -129,7 +127,7 @@ class Tables:
             prefill_of,
             dealing,
             decode_of,
-            contention,
+            contentions(ways, observed),
             fused,
             fused_rows,
             padded.queries,

@@ -177,7 +177,7 @@ def test_the_shipped_comparison_finds_what_the_readme_says(capsys: pytest.Captur
     assert main(["compare", "--policies", "priority,static-112,chunked-2048", "--json"]) == 0
     found = document(capsys)
     assert (found["recommended"], found["best_static"], found["best_chunked"]) == (
-        "chunked-2048", "static-112", "chunked-2048",
+        "priority", "static-112", "chunked-2048",
     )  # fmt: skip
     assert found["profile"] == "h200/llama-3-8b"
     assert [run["extrapolated_share"] for run in found["runs"]] == [0.0, 0.0, 0.0]
