@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,8 +80,13 @@ class Observed:
     decode_s: float
 
 
-def observations(points: Sequence[RaggedPoint], source: str) -> dict[Allocation, list[Observed]]:
-    """The rows of a table of ragged batches. Raises InputError naming the row that cannot be read."""
+def observations(
+    points: Iterable[RaggedPoint], ways: Collection[Allocation], refused: Collection[Mode], source: str
+) -> dict[Allocation, list[Observed]]:
+    """The rows of a table of ragged batches, by way of sharing; those of modes that are ``refused`` are left out.
+
+    Raises InputError naming the row that cannot be read, or whose way of sharing is none of ``ways``.
+    """
     found: dict[Allocation, list[Observed]] = {}
     for row, p in enumerate(points, 2):
         where = f"{source}: row {row}"
@@ -95,6 +100,14 @@ def observations(points: Sequence[RaggedPoint], source: str) -> dict[Allocation,
                 f"{where}: context_lens: found {len(context)} numbers; expected {len(new)} as in new_tokens"
             )
         at = Allocation(Mode(p.mode), p.prefill_sms, p.decode_sms)
+        if at.mode in refused:
+            continue
+        if at not in ways:
+            known = ", ".join(way.name for way in ways if way.mode is at.mode)
+            raise InputError(
+                f"{where}: prefill_sms, decode_sms: found {p.prefill_sms}, {p.decode_sms} of {p.mode}; expected those "
+                f"of {known}, as in hybrid.csv"
+            )
         shapes = PrefillShape.of(new, context), DecodeShape(p.batch, p.kv_tokens)
         found.setdefault(at, []).append(Observed(*shapes, p.prefill_median_ms / 1e3, p.decode_median_ms / 1e3))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -48,7 +48,7 @@ class Tables:
         decode: Iterable[DecodePoint],
         hybrid: Iterable[HybridPoint],
         mixed: Iterable[MixedPoint] = (),
-        ragged: Sequence[RaggedPoint] = (),
+        ragged: Iterable[RaggedPoint] = (),
         *,
         device_sms: int,
         layers: int,
@@ -100,7 +100,6 @@ class Tables:
             if device_sms not in found:
                 raise InputError(f"{source}/{table}: sms: {device_sms} not found; expected it, being the whole device")
         by_mode = grouped(hybrid, lambda p: p.mode)
-        observed = observations(ragged, f"{source}/ragged.csv")
 
         def shared(mode: Mode) -> dict[Allocation, Way]:
             points = by_mode.get(mode.value, ())
@@ -118,6 +117,7 @@ class Tables:
         ways = shared(Mode.SPLIT)
         for mode in (Mode.CAPPED, Mode.PRIORITY):
             ways |= unless_refused(mode, partial(shared, mode)) or {}
+        observed = observations(ragged, ways, refused, f"{source}/ragged.csv")
         tokens, _, seconds = prefill_alone[device_sms]
         fused_rows = Grid([axis("tokens", tokens)], seconds[:, 0] * bool(padded.tokens))
         fused = unless_refused(Mode.MIXED, lambda: _fused(mixed, fused_rows, f"{source}/mixed.csv"))

@@ -221,6 +221,10 @@ def test_what_is_shown_of_a_mode_is_what_the_cost_model_says(hilly: Profile) -> 
         ({"new_tokens": "3 x"}, "new_tokens: found '3 x'; expected whole numbers"),
         ({"new_tokens": "0", "context_lens": "4"}, "new_tokens: found 0; expected one or more of each prompt"),
         ({"new_tokens": "3 4", "context_lens": "1"}, "context_lens: found 1 numbers; expected 2 as in new_tokens"),
+        (
+            {"mode": "split", "prefill_sms": "8", "decode_sms": "8"},
+            "prefill_sms, decode_sms: found 8, 8 of split; expected those of 8/24, 16/16, 24/8, as in hybrid.csv",
+        ),
     ],
 )
 def test_a_malformed_row_is_refused(hilly: Profile, changed: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -232,6 +236,20 @@ def test_a_malformed_row_is_refused(hilly: Profile, changed: dict[str, str], mes
     with pytest.raises(InputError) as error:
         load_profile(folder).cost()
     assert str(error.value) == f"{folder / 'ragged.csv'}: row 3: {message}"
+
+
+def test_those_of_a_mode_that_lacks_a_row_are_left_out_and_the_others_are_used(hilly: Profile) -> None:
+    rows = list(hilly.hybrid.points)
+    rows.remove(next(p for p in rows if p.mode == "capped"))
+    assert hilly.ragged is not None
+    assert {p.mode for p in hilly.ragged.points} == {"split", "capped"}
+    cost = replace(hilly, hybrid=replace(hilly.hybrid, points=tuple(rows))).cost()
+    splits = tuple(p for p in hilly.ragged.points if p.mode == "split")
+    alike = replace(hilly, ragged=replace(hilly.ragged, points=splits)).cost()
+    batch, decode = PrefillShape.of((300, 7), (0, 900)), DecodeShape(20, 9000)
+    assert cost.refused.keys() >= {Mode.CAPPED}
+    for at in cost.splits:
+        assert cost.prefill_s(batch, at, decode)[0] == pytest.approx(alike.prefill_s(batch, at, decode)[0], rel=0.02)
 
 
 def test_a_model_of_attention_alone_can_have_them(hilly: Profile) -> None:
