@@ -102,7 +102,7 @@ def measure_profile(
     config = fitting(config, subject.num_blocks)
     areas = areas_of(config, subject.device_sms)
     kinds = {name: kind for name, kind in POINTS.items() if any(area.table == name for area in areas)}
-    if config.ragged and "hybrid" in kinds:
+    if "hybrid" in kinds and (config.ragged or (out / "ragged.csv").exists()):
         kinds["ragged"] = RaggedPoint
     if config.holdout:
         kinds["holdout"] = HoldoutPoint

@@ -24,6 +24,9 @@ SHARED = ("tokens", "mean_context", "batch", "kv_tokens")
 CONTEXT_KNEE = 2048
 """Of a model with weights: see docs/adr/0005-profiles-through-the-serving-executor.md for what it rests on."""
 
+LEAST_MS, MOST_MS = 1e-6, 1e6
+"""Of a layer, however small or large: what is beyond is no time."""
+
 Place = tuple[int, int, int, int]
 """Numbers of the variables of ``SHARED``."""
 
@@ -99,6 +102,13 @@ def observations(
             raise InputError(
                 f"{where}: context_lens: found {len(context)} numbers; expected {len(new)} as in new_tokens"
             )
+        if p.kv_tokens < p.batch:
+            raise InputError(f"{where}: kv_tokens: found {p.kv_tokens}; expected at least {p.batch}, one a sequence")
+        for name in ("prefill_median_ms", "decode_median_ms"):
+            if not LEAST_MS <= getattr(p, name) <= MOST_MS:
+                raise InputError(
+                    f"{where}: {name}: found {getattr(p, name)!r}; expected a layer's, {LEAST_MS:g} to {MOST_MS:g}"
+                )
         at = Allocation(Mode(p.mode), p.prefill_sms, p.decode_sms)
         if at.mode in refused:
             continue
@@ -140,11 +150,6 @@ class Way:
         return _offsets(self.scales)
 
     @property
-    def units(self) -> Units:
-        """Between the ends of the values."""
-        return Units.of(self.values, self.offsets)
-
-    @property
     def contention(self) -> Contention:
         """Arranged for look-ups."""
         return self._arranged(self.values, self.prefill, self.decode)
@@ -170,9 +175,9 @@ class Way:
             high=min(alone.kv.high, axes[3].high),
         )
 
-    def seen(self, observed: Sequence[Observed]) -> tuple[Seen, Seen]:
+    def seen(self, observed: Sequence[Observed], units: Units) -> tuple[Seen, Seen]:
         """What the rows are off at ragged batches, of prefill and of decode; at the rows themselves nothing."""
-        plain, units = self.contention, self.units
+        plain = self.contention
         off = np.array([self._off(plain, each) for each in observed], np.float64).reshape(-1, 2)
         exact = units.at(np.array(sorted(self.rows), np.float64))
         prefill, decode = (
@@ -181,10 +186,15 @@ class Way:
         )
         return Seen(self.at, exact, prefill, off[:, 0]), Seen(self.at, exact, decode, off[:, 1])
 
-    def corrected(self, prefill: Correction, decode: Correction) -> Contention:
+    def within(self, each: Observed) -> bool:
+        """Whether batches are between the ends of the rows."""
+        place = self._place(each, padded=False)
+        return all(of[0] <= x <= of[-1] for of, x in zip(self.values, place, strict=True))
+
+    def corrected(self, units: Units, prefill: Correction, decode: Correction) -> Contention:
         """With what lies between the rows; these stay as they are."""
         finer = [sorted({*of, *more}) for of, more in zip(self.values, self._between(), strict=True)]
-        nodes, among = ([self.units.along(i, of) for i, of in enumerate(v)] for v in (finer, self.values))
+        nodes, among = ([units.along(i, of) for i, of in enumerate(v)] for v in (finer, self.values))
         rows = ~np.isnan(arranged(dict.fromkeys(self.rows, 0.0), finer))
         speeds = (
             _at_all(nodes, among, speed) * np.exp(np.where(rows, 0.0, off.at_all(self.at, nodes)))
@@ -261,12 +271,15 @@ def ways_of(
 def contentions(
     ways: Mapping[Allocation, Way], observed: Mapping[Allocation, Sequence[Observed]]
 ) -> dict[Allocation, Contention]:
-    """In every way of sharing, by its rows and by ragged batches, from which all ways learn together."""
-    if not any(observed.get(at) for at in ways):
+    """In every way of sharing, by its rows and by ragged batches between them, from which all ways learn together."""
+    between = {at: [each for each in observed.get(at, ()) if way.within(each)] for at, way in ways.items()}
+    if not any(between.values()):
         return {at: way.contention for at, way in ways.items()}
-    seen = [way.seen(observed.get(at, ())) for at, way in ways.items()]
+    every = [sorted({x for way in ways.values() for x in way.values[i]}) for i in range(len(SHARED))]
+    units = Units.of(every, next(iter(ways.values())).offsets)
+    seen = [way.seen(between[at], units) for at, way in ways.items()]
     corrections = [Correction.of([each[phase] for each in seen]) for phase in (0, 1)]
-    return {at: way.corrected(*corrections) for at, way in ways.items()}
+    return {at: way.corrected(units, *corrections) for at, way in ways.items()}
 
 
 def _without_stairs(surface: Surface, stairs_to: int | None, tokens: Sequence[int]) -> Grid:

@@ -31,6 +31,12 @@ SPREAD = 0.15
 NOISE = 0.02
 """Of the logarithm of a ragged batch's speed: what it is off for reasons that it does not share with its neighbours."""
 
+MOST = 0.6
+"""Of a logarithm: a batch that is off by more was disturbed when it was measured, and counts as off by so much."""
+
+DECIMALS = 6
+"""Of a correction: the last bits of linear algebra depend on the processor and on how many threads there are."""
+
 EXACT = 1e-6
 """In place of ``NOISE``, squared, at points of the tables: keeps the equations solvable."""
 
@@ -100,7 +106,7 @@ class Correction:
         ways = tuple(each.at for each in seen)
         way = np.repeat(np.arange(len(seen)), [len(each.exact) + len(each.places) for each in seen])
         places = np.concatenate([part for each in seen for part in (each.exact, each.places)])
-        parts = [(np.zeros(len(each.exact)), each.off) for each in seen]
+        parts = [(np.zeros(len(each.exact)), np.clip(each.off, -MOST, MOST)) for each in seen]
         off = np.concatenate([part for both in parts for part in both])
         noise = [np.full(len(part), of) for both in parts for part, of in zip(both, (EXACT, NOISE**2), strict=True)]
         alike = _alike(places, places) * _ways_alike(ways, ways)[np.ix_(way, way)]
@@ -114,7 +120,7 @@ class Correction:
         half = len(along) // 2
         first, second = (_combined(some, len(self.places)) for some in (along[:half], along[half:]))
         found = ((first * weights) @ second.T).reshape([len(of) for of in nodes])
-        clipped: FloatArray = np.clip(found, min(0.0, self.least), max(0.0, self.most))
+        clipped: FloatArray = np.clip(found, min(0.0, self.least), max(0.0, self.most)).round(DECIMALS)
         return clipped
 
 

@@ -318,10 +318,14 @@ class RaggedPoint:
         )  # fmt: skip
 
 
+DIGITS = 9
+"""Of a number of tokens, at most."""
+
+
 def whole_numbers(text: str, where: str, expected: str = "whole numbers") -> tuple[int, ...]:
     """Numbers with blanks between them. Raises InputError, which begins with ``where``, for anything else."""
     words = text.split(" ")
-    if not all(word.isascii() and word.isdecimal() for word in words):
+    if not all(word.isascii() and word.isdecimal() and len(word) <= DIGITS for word in words):
         raise InputError(f"{where}: found {text[:40]!r}; expected {expected}")
     return tuple(map(int, words))
 

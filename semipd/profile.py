@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +62,11 @@ class Profile(ProfileHeader):
     ragged: SweepTable[RaggedPoint] | None = None
 
     def cost(self) -> TableCost:
-        """Cost model of these tables. Raises InputError when a partition or a point of a grid is missing."""
+        """Cost model of these tables, worked out once. Raises InputError when a partition or a point is missing."""
+        return self._cost
+
+    @cached_property
+    def _cost(self) -> TableCost:
         return TableCost(
             Tables.of(
                 self.prefill.points,

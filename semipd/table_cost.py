@@ -27,10 +27,11 @@ class TableCost:
     A prefill batch is looked up by its tokens, and by the keys that attention computes for each of them on average,
     which are more than its mean context where prompts end within a tile. Solo times are bilinear in (tokens,
     mean_context) and in (batch, kv_tokens), in the fastest backend measured at each point. Beside the other phase a
-    step keeps a share of its speed alone, which is measured at the same split and multilinear in logarithms of tokens,
-    mean_context, batch and kv_tokens. Between two measured KV token counts, a decode step beside prefill is linear in
-    time. A fused step's time is that of its rows and a rest, multilinear in the same four. Outside the grid a look-up
-    is clamped to its edge and counted; between two partitions nothing is interpolated.
+    step keeps a share of its speed alone, which is multilinear in logarithms of tokens, mean_context, batch and
+    kv_tokens between what was measured in the same way of sharing, and what ragged batches of all of them say
+    (``semipd.contention``). Between two KV token counts a decode step beside prefill is linear in time. A fused step's
+    time is that of its rows and a rest, multilinear in the same four. Outside the grid a look-up is clamped to its edge
+    and counted; between two partitions nothing is interpolated.
 
     Instances can be pickled.
     """

@@ -65,8 +65,8 @@ class Tables:
             prefill: Solo points, milliseconds of one layer; the whole device and every split's partition.
             decode: Likewise.
             hybrid: Points measured while both phases ran; the allocations are those found here.
-            ragged: Ragged batches beside each other, for what lies between the points of the hybrid table.
             mixed: Fused batches on the whole device, milliseconds of a step divided by the layers.
+            ragged: Ragged batches beside each other, for what lies between the points of the hybrid table.
             device_sms: SMs of the whole device.
             layers: Layers of a decode step.
             padded: To which sizes batches were padded.

@@ -502,6 +502,8 @@ def test_prompts_that_cannot_be_dealt_are_refused_before_anything_is_measured() 
 
 def test_more_values_go_with_the_basic_ones_that_they_were_chosen_for() -> None:
     assert any(ProfileConfig().mixed_more.values)
+    assert not any(ProfileConfig().both_more.values)  # ragged batches tell what lies between
+    assert ProfileConfig().ragged > 0
     both = {"tokens": [16, 64], "mean_context": [64]}
     assert not any(build({"both_prefill": both}, ProfileConfig, "test").both_more.values)
     given = {"both_prefill": both, "both_more": {"tokens": [32]}}

@@ -174,10 +174,10 @@ def test_the_tables_fit_the_terminal_and_no_number_is_cut(
 
 
 def test_the_shipped_comparison_finds_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--policies", "priority,static-112,chunked-2048", "--json"]) == 0
+    assert main(["compare", "--policies", "static-96,static-112,chunked-1024", "--json"]) == 0
     found = document(capsys)
     assert (found["recommended"], found["best_static"], found["best_chunked"]) == (
-        "priority", "static-112", "chunked-2048",
+        "chunked-1024", "static-96", "chunked-1024",
     )  # fmt: skip
     assert found["profile"] == "h200/llama-3-8b"
     assert [run["extrapolated_share"] for run in found["runs"]] == [0.0, 0.0, 0.0]
