@@ -337,7 +337,7 @@ def test_the_shipped_profile_keeps_the_laws_with_them() -> None:
         assert cost.prefill_s(batch, at, decode) == copy.prefill_s(batch, at, decode)
 
 
-def test_the_bits_of_prices_do_not_depend_on_how_many_threads_linear_algebra_has() -> None:
+def test_the_bits_of_prices_do_not_depend_on_how_many_threads_linear_algebra_has(tmp_path: Path) -> None:
     """Law 6."""
     code = (
         "from semipd.core import Allocation, DecodeShape, Mode, PrefillShape\n"
@@ -352,6 +352,7 @@ def test_the_bits_of_prices_do_not_depend_on_how_many_threads_linear_algebra_has
         subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "OPENBLAS_NUM_THREADS": str(threads)},
+            cwd=tmp_path,  # the package that is installed, not the folder of its sources
             capture_output=True,
             text=True,
             check=True,
