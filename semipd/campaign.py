@@ -230,6 +230,7 @@ class Campaign:
             device_sms=self._subject.device_sms, layers=self._subject.model.layers, padded=self._subject.padded,
             scales=Scales.of(self._subject.model.weights_bytes, self._subject.model.kv_bytes_per_token),
             waves=self._subject.split_keys.waves if self._subject.split_keys else None,
+            source=str(self._tables["prefill"].path.parent),
         )  # fmt: skip
         return TableCost(tables)
 

@@ -13,7 +13,7 @@ from semipd.core import Allocation, DecodeShape, FloatArray, InputError, Mode, P
 from semipd.correction import Correction, Seen, Units
 from semipd.grid import arranged, axis, completed, sparse_values
 from semipd.padding import Padded
-from semipd.points import HybridPoint, RaggedPoint, whole_numbers
+from semipd.points import HybridPoint, RaggedPoint
 
 FILLS_TOKENS = 2048
 """Prefill tokens that fill every partition for several waves; more of them last longer but contend no more."""
@@ -40,8 +40,8 @@ class Contention:
 
     ``prefill``: over (tokens, mean_context, batch, kv_tokens), of what ``prefill_alone`` has at (tokens, mean_context):
     the time alone without the stairs that nothing is left of beside the other phase. ``decode``: over (tokens,
-    mean_context, batch), a vector over the knots ``kv_tokens``, which are those of the solo curves and those of the
-    hybrid table. ``solo``: the solo curves at these knots.
+    mean_context, batch), a vector over the knots ``kv_tokens``, which are those of the solo curves, of the hybrid table
+    and, with ragged batches, some between. ``solo``: the solo curves at these knots.
     """
 
     prefill: Grid
@@ -95,15 +95,7 @@ def observations(
         where = f"{source}: row {row}"
         if p.mode not in (Mode.SPLIT.value, Mode.CAPPED.value, Mode.PRIORITY.value):
             raise InputError(f"{where}: mode: found {p.mode!r}; expected split, capped or priority")
-        new, context = (whole_numbers(getattr(p, name), f"{where}: {name}") for name in ("new_tokens", "context_lens"))
-        if min(new) < 1:
-            raise InputError(f"{where}: new_tokens: found {min(new)}; expected one or more of each prompt")
-        if len(new) != len(context):
-            raise InputError(
-                f"{where}: context_lens: found {len(context)} numbers; expected {len(new)} as in new_tokens"
-            )
-        if p.kv_tokens < p.batch:
-            raise InputError(f"{where}: kv_tokens: found {p.kv_tokens}; expected at least {p.batch}, one a sequence")
+        shapes = p.shapes(where)
         for name in ("prefill_median_ms", "decode_median_ms"):
             if not LEAST_MS <= getattr(p, name) <= MOST_MS:
                 raise InputError(
@@ -118,7 +110,6 @@ def observations(
                 f"{where}: prefill_sms, decode_sms: found {p.prefill_sms}, {p.decode_sms} of {p.mode}; expected those "
                 f"of {known}, as in hybrid.csv"
             )
-        shapes = PrefillShape.of(new, context), DecodeShape(p.batch, p.kv_tokens)
         found.setdefault(at, []).append(Observed(*shapes, p.prefill_median_ms / 1e3, p.decode_median_ms / 1e3))
     return found
 

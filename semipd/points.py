@@ -317,6 +317,22 @@ class RaggedPoint:
             self.kv_tokens,
         )  # fmt: skip
 
+    def shapes(self, where: str = "ragged.csv") -> tuple[PrefillShape, DecodeShape]:
+        """Both batches. Raises InputError, which begins with ``where``, for what cannot be one."""
+        new = whole_numbers(self.new_tokens, f"{where}: new_tokens")
+        context = whole_numbers(self.context_lens, f"{where}: context_lens")
+        if min(new) < 1:
+            raise InputError(f"{where}: new_tokens: found {min(new)}; expected one or more of each prompt")
+        if len(new) != len(context):
+            raise InputError(
+                f"{where}: context_lens: found {len(context)} numbers; expected {len(new)} as in new_tokens"
+            )
+        if self.kv_tokens < self.batch:
+            raise InputError(
+                f"{where}: kv_tokens: found {self.kv_tokens}; expected at least {self.batch}, one a sequence"
+            )
+        return PrefillShape.of(new, context), DecodeShape(self.batch, self.kv_tokens)
+
 
 DIGITS = 9
 """Of a number of tokens, at most."""

@@ -12,7 +12,7 @@ from semipd.areas import Area
 from semipd.contention import SHARED, Scales
 from semipd.core import DecodeShape, FloatArray, Phase, PrefillShape
 from semipd.correction import Units, uncertainty
-from semipd.points import HybridPoint, RaggedPoint, whole_numbers
+from semipd.points import HybridPoint, RaggedPoint
 from semipd.profile_config import ProfileConfig
 from semipd.profiler import Progress
 from semipd.ragged import Decodes, Prompts
@@ -85,8 +85,8 @@ class Scatter:
             rows = [p for p in hybrid if (p.mode, p.prefill_sms, p.decode_sms) == key]
             ragged = [p for p in table.points if (p.mode, p.prefill_sms, p.decode_sms) == key]
             way.ragged = len(ragged)
-            shapes = [(PrefillShape.of(*_lengths(p)), DecodeShape(p.batch, p.kv_tokens)) for p in ragged]
-            places = [*((p.tokens, p.mean_context, p.batch, p.kv_tokens) for p in rows), *(_place(*s) for s in shapes)]
+            of_rows = [(p.tokens, p.mean_context, p.batch, p.kv_tokens) for p in rows]
+            places = [*of_rows, *(_place(*p.shapes(str(table.path))) for p in ragged)]
             way.known += list(self._units.at(np.array(places, np.float64))) if places else []
 
     def measure(self, cost: Callable[[], Times]) -> Iterator[Progress]:
@@ -151,10 +151,6 @@ class Scatter:
         way.known += list(self._units.at(np.array([_place(p.shape, d.shape)], np.float64)))
         trial = Trial(at, p, d)
         return tuple(predicted(model, of.value, trial)[0] / s.median_ms - 1 for of, s in zip(PHASES, both, strict=True))
-
-
-def _lengths(point: RaggedPoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return whole_numbers(point.new_tokens, "new_tokens"), whole_numbers(point.context_lens, "context_lens")
 
 
 def _place(prefill: PrefillShape, decode: DecodeShape) -> tuple[float, float, float, float]:

@@ -281,8 +281,7 @@ def test_one_that_was_disturbed_counts_as_off_by_so_much_only(hilly: Profile) ->
     assert hilly.ragged is not None
     some, *others = hilly.ragged.points
     at = Allocation(Mode(some.mode), some.prefill_sms, some.decode_sms)
-    new, context = (tuple(map(int, text.split())) for text in (some.new_tokens, some.context_lens))
-    batch, decode = PrefillShape.of(new, context), DecodeShape(some.batch, some.kv_tokens)
+    batch, decode = some.shapes()
     plain_s = replace(hilly, ragged=None).cost().prefill_s(batch, at, decode)[0]
     disturbed = replace(some, prefill_median_ms=some.prefill_median_ms * 1000)
     cost = replace(hilly, ragged=replace(hilly.ragged, points=(disturbed, *others))).cost()
@@ -299,8 +298,7 @@ def test_batches_that_take_what_the_rows_say_are_off_by_nothing(kernel: str) -> 
     rows, said = plain.cost(), []
     for p in shipped.ragged.points[::8]:
         at = Allocation(Mode(p.mode), p.prefill_sms, p.decode_sms)
-        new, context = (tuple(map(int, text.split())) for text in (p.new_tokens, p.context_lens))
-        batch, decode = PrefillShape.of(new, context), DecodeShape(p.batch, p.kv_tokens)
+        batch, decode = p.shapes()
         layer_ms = rows.prefill_s(batch, at, decode)[0] * 1e3
         step_ms = float(rows.decode_s(decode, at, batch)[0][0]) / rows.layers * 1e3
         said.append(replace(p, prefill_median_ms=layer_ms, decode_median_ms=step_ms))
@@ -331,8 +329,7 @@ def test_the_shipped_profile_keeps_the_laws_with_them() -> None:
         assert outside == 0
     for p in profile.ragged.points[::20]:
         at = Allocation(Mode(p.mode), p.prefill_sms, p.decode_sms)
-        new, context = (tuple(map(int, text.split())) for text in (p.new_tokens, p.context_lens))
-        batch, decode = PrefillShape.of(new, context), DecodeShape(p.batch, p.kv_tokens)
+        batch, decode = p.shapes()
         assert cost.outside(batch, at, decode) is None
         assert cost.prefill_s(batch, at, decode) == copy.prefill_s(batch, at, decode)
 
@@ -398,7 +395,7 @@ def test_where_there_is_room_for_none_it_ends(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"ragged": 5})
     areas = [area for area in areas_of(config, 32) if area.table == "hybrid"]
     watch = Stopwatch(SimExecutor(ClosedFormCost(scales=SCALES)), MODEL.layers)
-    scatter = Scatter(areas, config, SCALES, watch, table, (), lambda p, d: False)  # noqa: ARG005
+    scatter = Scatter(areas, config, SCALES, watch, table, (), lambda p, d: False)  # noqa: ARG005 - whatever they are
     assert [step.at for step in scatter.measure(lambda: ClosedFormCost(scales=SCALES))] == ["done"]
     assert not table.points
 
